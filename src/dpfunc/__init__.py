@@ -1,0 +1,108 @@
+"""Differentially private deep learning as plain functions, on torch.func.
+
+Names load on first use, so that accounting and the command line never import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dpfunc import accounting, models, optimizers, random, testing
+    from dpfunc.accounting import (
+        Statement,
+        calibrate_noise_multiplier,
+        calibrate_num_steps,
+        calibrate_sampling_prob,
+        delta,
+        epsilon,
+        read_log,
+        write_log,
+    )
+    from dpfunc.events import Log, StepEvent, append
+    from dpfunc.gradients import (
+        Clipped,
+        ClippedWithAux,
+        FlatClipping,
+        clip_and_sum,
+        clipped_grad,
+        per_sample_grads,
+    )
+    from dpfunc.mechanism import DPSGD
+    from dpfunc.models import functional_loss
+    from dpfunc.sampling import Batch, poisson_batches, poisson_indices
+    from dpfunc.step import (
+        PartialEvent,
+        TrainState,
+        clip_and_noise,
+        make_dp_step,
+        make_train_step,
+        private_grad,
+    )
+
+_ROOMS = {
+    "accounting": (
+        "Statement calibrate_noise_multiplier calibrate_num_steps calibrate_sampling_prob delta "
+        "epsilon read_log write_log"
+    ),
+    "events": "Log StepEvent append",
+    "gradients": "Clipped ClippedWithAux FlatClipping clip_and_sum clipped_grad per_sample_grads",
+    "mechanism": "DPSGD",
+    "models": "functional_loss",
+    "sampling": "Batch poisson_batches poisson_indices",
+    "step": "PartialEvent TrainState clip_and_noise make_dp_step make_train_step private_grad",
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
+_MODULES = ("accounting", "models", "optimizers", "random", "testing")
+
+__all__ = [
+    "DPSGD",
+    "Batch",
+    "Clipped",
+    "ClippedWithAux",
+    "FlatClipping",
+    "Log",
+    "PartialEvent",
+    "Statement",
+    "StepEvent",
+    "TrainState",
+    "__version__",
+    "accounting",
+    "append",
+    "calibrate_noise_multiplier",
+    "calibrate_num_steps",
+    "calibrate_sampling_prob",
+    "clip_and_noise",
+    "clip_and_sum",
+    "clipped_grad",
+    "delta",
+    "epsilon",
+    "functional_loss",
+    "make_dp_step",
+    "make_train_step",
+    "models",
+    "optimizers",
+    "per_sample_grads",
+    "poisson_batches",
+    "poisson_indices",
+    "private_grad",
+    "random",
+    "read_log",
+    "testing",
+    "write_log",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"dpfunc.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"dpfunc.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dpfunc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

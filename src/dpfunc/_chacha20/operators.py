@@ -1,0 +1,79 @@
+"""The two operators: their schemas, meta rules, vmap rules and dispatch by device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpfunc._chacha20 import cpu
+
+MAX_WORDS = 2**36
+"""Words under one (key, nonce): 2**32 blocks of 16 words, the range of RFC 8439's counter."""
+
+_LIBRARY = torch.library.Library("dpfunc", "DEF")
+_LIBRARY.define("words(Tensor keys, Tensor nonces, SymInt start, SymInt num) -> Tensor")
+_LIBRARY.define("normals(Tensor keys, SymInt start, SymInt num, ScalarType dtype) -> Tensor")
+
+
+def words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+    """Keystream words `start` to `start + num` of each row: (K, 8), (K, 3) -> (K, num) int32."""
+    return torch.ops.dpfunc.words.default(keys, nonces, start, num)
+
+
+def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
+    """Normals `start` to `start + num` of the stream (nonce 0) of each row: (K, 8) -> (K, num)."""
+    return torch.ops.dpfunc.normals.default(keys, start, num, dtype)
+
+
+def _cuda_words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+    from dpfunc._chacha20 import cuda  # Triton is there only where CUDA is
+
+    return cuda.words(keys, nonces, start, num)
+
+
+def _cuda_normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
+    from dpfunc._chacha20 import cuda
+
+    return cuda.normals(keys, start, num, dtype)
+
+
+def _meta_words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], num), dtype=torch.int32)
+
+
+def _meta_normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
+    return keys.new_empty((keys.shape[0], num), dtype=dtype)
+
+
+def _rows(x: Tensor, axis: int | None, size: int) -> Tensor:
+    """Fold the mapped axis of a (K, n) operand into its rows: (size * K, n)."""
+    x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _vmap_words(
+    info: Any, in_dims: Any, keys: Tensor, nonces: Tensor, start: int, num: int
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    out = words(_rows(keys, in_dims[0], size), _rows(nonces, in_dims[1], size), start, num)
+    return out.reshape(size, -1, num), 0
+
+
+def _vmap_normals(
+    info: Any, in_dims: Any, keys: Tensor, start: int, num: int, dtype: torch.dtype
+) -> tuple[Tensor, int]:
+    out = normals(_rows(keys, in_dims[0], info.batch_size), start, num, dtype)
+    return out.reshape(info.batch_size, -1, num), 0
+
+
+_LIBRARY.impl("words", cpu.words, "CPU")
+_LIBRARY.impl("words", _cuda_words, "CUDA")
+torch.library.register_fake("dpfunc::words", _meta_words, lib=_LIBRARY)
+torch.library.register_vmap("dpfunc::words", _vmap_words, lib=_LIBRARY)
+
+_LIBRARY.impl("normals", cpu.normals, "CPU")
+_LIBRARY.impl("normals", _cuda_normals, "CUDA")
+torch.library.register_fake("dpfunc::normals", _meta_normals, lib=_LIBRARY)
+torch.library.register_vmap("dpfunc::normals", _vmap_normals, lib=_LIBRARY)

@@ -1,0 +1,92 @@
+"""The privacy claim in words: what was run, what is released, and what it rests on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from dpfunc import _checks
+from dpfunc.accounting.epsilon import epsilon
+from dpfunc.events import AnyLog, Log
+
+_NEIGHBOURS = {
+    "add_or_remove_one": "add or remove one {unit}",
+    "replace_one": "replace one {unit} by another",
+    "zero_out": "replace one {unit} by a blank one",
+}
+_ASSUMES = {
+    "poisson": "each batch is a Poisson sample: every {unit} in or out independently, with the logged probability",
+    "truncated_poisson": "each batch is a Poisson sample cut to a public size",
+    "fixed_without_replacement": "each batch is a uniform subset of a fixed size",
+    "none": "every step reads all the data",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """A privacy claim, made of a log and the choices that the log does not hold.
+
+    Args:
+        log: what ran.
+        delta: in (0, 1).
+        accountant: as for `epsilon`.
+        unit: what one example is: whose presence is protected.
+        released: what leaves the run.
+        caveats: sentences on what is not covered.
+
+    Guarantees:
+        `epsilon` is computed from the log, never typed.
+        No key, no batch size that was realised and no size of the data set is in it.
+
+    Raises:
+        ValueError: as `epsilon`.
+
+    Source: Ponomareva et al. 2023, arXiv:2303.00654, section 5.3, on what to report.
+
+    >>> from dpfunc.events import StepEvent
+    >>> log = (StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000),)
+    >>> round(Statement(log=log, delta=1e-5, accountant="rdp", released="the parameters").epsilon, 2)
+    2.1
+    """
+
+    log: AnyLog
+    delta: float
+    released: str
+    accountant: str = "pld"
+    unit: str = "example"
+    caveats: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log", Log(self.log))
+        _checks.open_unit(delta=self.delta)
+
+    @property
+    def epsilon(self) -> float:
+        return epsilon(self.log, delta=self.delta, accountant=self.accountant)
+
+    def __str__(self) -> str:
+        relations = sorted({event.relation for event in self.log})
+        neighbours = ", ".join(_NEIGHBOURS[r] for r in relations) or "any two data sets"
+        samplings = sorted({event.sampling for event in self.log})
+        assumes = "; ".join(_ASSUMES[s] for s in samplings) or "nothing was released"
+        steps = sum(event.count for event in self.log)
+        rows = {
+            "Guarantee": f"({self.epsilon:.4g}, {self.delta:g})-differential privacy",
+            "Neighbours": neighbours.format(unit=self.unit),
+            "Unit": f"one {self.unit}",
+            "Released": self.released,
+            "What ran": f"{steps} releases in {len(self.log)} kinds of step",
+            "Sampling": assumes.format(unit=self.unit),
+            "Accountant": f"{self.accountant}, an upper bound",
+            **{f"Not covered {n}": caveat for n, caveat in enumerate(self.caveats, 1)},
+        }
+        width = max(map(len, rows)) + 2
+        return "\n".join(f"{name + ':':<{width}}{text}" for name, text in rows.items())
+
+    def to_json(self) -> str:
+        """The statement as one JSON object, its events included."""
+        events = [
+            {**asdict(event), "noise_multiplier": str(event.noise_multiplier)} for event in self.log
+        ]
+        whole = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return json.dumps({**whole, "log": events, "epsilon": str(self.epsilon)}, allow_nan=False)

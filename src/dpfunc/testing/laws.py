@@ -1,0 +1,110 @@
+"""Laws of clipping, as functions that raise AssertionError and say what broke them."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dpfunc import trees
+from dpfunc.gradients import clip_and_sum
+from dpfunc.typing import ClippingRule, Tree
+
+
+def exact_norm(tree: Tree) -> float:
+    """The L2 norm over all leaves, with one rounding: summed by `math.fsum` in float64."""
+    values = list(
+        chain.from_iterable(leaf.double().flatten().tolist() for leaf in trees.leaves(tree))
+    )
+    largest = max(map(abs, values), default=0.0)
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(math.fsum((v / largest) ** 2 for v in values))
+
+
+def contribution(grads: Tree, row: int, clipping: float | ClippingRule) -> Tree:
+    """What one example adds to the clipped sum."""
+    return clip_and_sum(trees.rows(grads, row, row + 1), clipping).sum
+
+
+def contribution_is_bounded(
+    grads: Tree, clipping: float | ClippingRule, mask: Tensor | None = None
+) -> float:
+    """Each example's contribution has norm at most the sensitivity, recomputed in float64, exactly.
+
+    Returns the largest ratio of norm to sensitivity that was seen.
+    """
+    sensitivity = clipping.sensitivity if isinstance(clipping, ClippingRule) else float(clipping)
+    worst = 0.0
+    for row in range(trees.batch_size(grads, "grads")):
+        added = contribution(grads, row, clipping)
+        norm = exact_norm(added)
+        if not norm <= sensitivity:
+            raise AssertionError(
+                f"example {row} contributes a vector of norm {norm!r}, above the sensitivity "
+                f"{sensitivity!r} (ratio - 1 = {norm / sensitivity - 1:.3g}); its gradient was "
+                f"{trees.rows(grads, row, row + 1)!r}"
+            )
+        worst = max(worst, norm / sensitivity)
+    total = clip_and_sum(grads, clipping, mask=mask).sum
+    if not all(bool(leaf.isfinite().all()) for leaf in trees.leaves(total)):
+        raise AssertionError(f"the clipped sum is not finite: {total!r}")
+    return worst
+
+
+def neighbours_are_close(grads: Tree, clipping: float | ClippingRule) -> None:
+    """Removing any one example moves the sum by the sensitivity, plus what summation rounds."""
+    sensitivity = clipping.sensitivity if isinstance(clipping, ClippingRule) else float(clipping)
+    num = trees.batch_size(grads, "grads")
+    roundoff = 2.0**-24  # the sum is in float32 at least
+    most = sensitivity * (1 + roundoff * num * num) * (1 + 1e-12)
+    whole = clip_and_sum(grads, clipping).sum
+    for row in range(num):
+        mask = torch.arange(num) != row
+        without = clip_and_sum(grads, clipping, mask=mask).sum
+        moved = exact_norm(trees.map(lambda a, b: a.double() - b.double(), whole, without))
+        if not moved <= most:
+            raise AssertionError(
+                f"removing example {row} moves the sum by {moved!r}, above {most!r}"
+            )
+
+
+def masked_rows_vanish(grads: Tree, clipping: float | ClippingRule, mask: Tensor) -> None:
+    """What stands in a masked row changes no bit of the sum: zeros, NaN or infinity alike."""
+    sums = []
+    for filler in (0.0, math.nan, math.inf):
+        filled = trees.map(
+            lambda leaf, filler=filler: torch.where(_column(mask, leaf), leaf, filler), grads
+        )
+        sums.append(trees.leaves(clip_and_sum(filled, clipping, mask=mask).sum))
+    for other in sums[1:]:
+        if not all(a.equal(b) for a, b in zip(sums[0], other, strict=True)):
+            raise AssertionError(f"a masked row changed the sum: {sums[0]!r} against {other!r}")
+
+
+def poison_vanishes(grads: Tree, clipping: float | ClippingRule) -> None:
+    """An example with a NaN or an infinity contributes exactly 0."""
+    for row in range(trees.batch_size(grads, "grads")):
+        gradient = trees.rows(grads, row, row + 1)
+        if all(bool(leaf.isfinite().all()) for leaf in trees.leaves(gradient)):
+            continue
+        added = contribution(grads, row, clipping)
+        if exact_norm(added) != 0.0:
+            raise AssertionError(f"example {row} is not finite and contributes {added!r}")
+
+
+def clipping_is_idempotent(grads: Tree, clipping: float | ClippingRule) -> None:
+    """A contribution, clipped again, is itself, bit for bit."""
+    for row in range(trees.batch_size(grads, "grads")):
+        once = contribution(grads, row, clipping)
+        twice = clip_and_sum(trees.map(lambda leaf: leaf.unsqueeze(0), once), clipping).sum
+        if not all(
+            a.equal(b) for a, b in zip(trees.leaves(once), trees.leaves(twice), strict=True)
+        ):
+            raise AssertionError(f"clipping {once!r} again gives {twice!r}")
+
+
+def _column(mask: Tensor, leaf: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (leaf.ndim - 1))

@@ -1,0 +1,106 @@
+"""Pytree arithmetic. Leaves are found and named by optree alone, so that their order is one order.
+
+optree sorts dict keys and torch's own pytree keeps insertion order: leaves of the two are never
+zipped, only mapped over by structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from dpfunc.typing import Tree
+
+map: Callable[..., Any] = optree.tree_map
+leaves: Callable[..., list[Any]] = optree.tree_leaves
+
+
+def named_leaves(tree: Tree, name: str) -> dict[str, Tensor]:
+    """Leaves by printable path, every one checked to be a tensor."""
+    paths, values, _ = optree.tree_flatten_with_path(tree)
+    found = {
+        name + "".join(f"[{entry!r}]" for entry in p): v for p, v in zip(paths, values, strict=True)
+    }
+    for path, leaf in found.items():
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"Expected every leaf of {name} to be a tensor, got {type(leaf).__name__} at {path}."
+            )
+    return found
+
+
+def batch_size(tree: Tree, name: str) -> int:
+    """The size of the leading axis, which all leaves share."""
+    found = named_leaves(tree, name)
+    if not found:
+        raise ValueError(f"Expected {name} to hold at least one tensor, got an empty tree.")
+    for path, leaf in found.items():
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"Expected every leaf of {name} to have a leading batch axis, got a 0-d tensor at {path}."
+            )
+    sizes = {path: leaf.shape[0] for path, leaf in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"Expected every leaf of {name} to have the same leading (batch) axis, got {sizes}. "
+            "Did a loss average over the batch, or is one leaf not batched?"
+        )
+    return next(iter(sizes.values()))
+
+
+def check_floating(tree: Tree, name: str, advice: str) -> None:
+    """At least one leaf, all of them real floating-point tensors."""
+    found = named_leaves(tree, name)
+    if not found:
+        raise ValueError(f"Expected {name} to hold at least one tensor, got an empty tree.")
+    for path, leaf in found.items():
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"Expected every leaf of {name} to be floating point, got {leaf.dtype} at {path}. {advice}"
+            )
+
+
+def rows(tree: Tree, begin: int, end: int) -> Tree:
+    """The slice [begin, end) of the leading axis of every leaf."""
+    return optree.tree_map(lambda leaf: leaf[begin:end], tree)
+
+
+def root_sum_squares(norms: list[Tensor]) -> Tensor:
+    """The L2 norm over a list of equal-shaped norms, without overflow or underflow."""
+    stacked = torch.stack(norms)
+    largest = stacked.amax(0)
+    unit = torch.where(largest > 0, largest, 1.0)
+    return largest * (stacked / unit).square().sum(0).sqrt()
+
+
+@torch.compiler.assume_constant_result
+def _tags(paths: tuple[tuple[Any, ...], ...]) -> tuple[int, ...]:
+    return tuple(
+        int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:8], "little", signed=True)
+        for path in paths
+    )
+
+
+def map_with_tags(
+    f: Callable[[Tensor, Tensor], Tensor], tree: Tree, of_tags: Callable[[list[int]], Tensor]
+) -> Tree:
+    """Map `f(leaf, row)` over a tree, the row being the leaf's own row of `of_tags(tags)`.
+
+    A tag is 64 bits of SHA-256 of the leaf's path, so it does not depend on the other leaves or on
+    their order. Two leaves of one tree with the same tag are refused.
+    """
+    paths, values, spec = optree.tree_flatten_with_path(tree)
+    tags = _tags(tuple(tuple(path) for path in paths))
+    if len(set(tags)) != len(tags):
+        raise ValueError(
+            "Expected leaf paths with different 64-bit tags, got two that agree. Rename one."
+        )
+    keyed = of_tags(list(tags)).unbind(0)
+    return optree.tree_unflatten(
+        spec, [f(leaf, row) for leaf, row in zip(values, keyed, strict=True)]
+    )

@@ -1,0 +1,108 @@
+"""Noise: its scale is right and 10 % off would be seen; independent over leaf, step and key."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from dpfunc import DPSGD, clip_and_noise, random
+from dpfunc.noise import privatize
+
+
+def mechanism(**changes):
+    fields = {
+        "clipping": 0.5,
+        "noise_multiplier": 3.0,
+        "sampling_prob": 0.1,
+        "expected_batch_size": 20.0,
+    }
+    return DPSGD(**{**fields, **changes})
+
+
+def zeros(**shapes):
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def test_the_standard_deviation_is_multiplier_times_sensitivity_over_expected_batch_size():
+    noise = privatize(zeros(w=(400, 500)), random.key(0), mechanism())["w"].flatten().double()
+    stddev, n = 3.0 * 0.5 / 20.0, noise.numel()
+    for factor, accepted in ((1.0, True), (0.9, False), (1.1, False)):
+        statistic = (noise / (factor * stddev)).square().sum().item()
+        p = 2 * min(scipy.stats.chi2.cdf(statistic, n), scipy.stats.chi2.sf(statistic, n))
+        assert (p > 1e-3) == accepted
+    assert scipy.stats.kstest(noise.numpy() / stddev, "norm").pvalue > 1e-3
+
+
+def test_the_signal_is_divided_by_the_public_size_after_the_noise():
+    quiet = mechanism(noise_multiplier=0.0)
+    assert privatize({"w": torch.tensor([4.0])}, random.key(0), quiet)["w"].equal(
+        torch.tensor([0.2])
+    )
+    key, total = random.key(3), {"w": torch.tensor([4.0, 8.0])}
+    noise = privatize({"w": torch.zeros(2)}, key, mechanism())["w"]
+    torch.testing.assert_close(privatize(total, key, mechanism())["w"], noise + total["w"] / 20.0)
+
+
+def test_neither_noise_nor_divisor_depend_on_the_batch():
+    key = random.key(1)
+    for num in (0, 1, 7):
+        noisy = clip_and_noise(torch.zeros(num, 5), key, mechanism())
+        assert noisy.equal(privatize(torch.zeros(5), key, mechanism()))
+
+
+def test_leaves_and_keys_have_independent_noise():
+    n = 100_000
+    tree = {"a": {"w": torch.zeros(n)}, "b": [torch.zeros(n), torch.zeros(n)], "w": torch.zeros(n)}
+    streams = []
+    for key in random.split(random.key(8), 2):
+        noisy = privatize(tree, key, mechanism())
+        streams += [noisy["a"]["w"], *noisy["b"], noisy["w"]]
+    correlation = torch.corrcoef(torch.stack(streams)).fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / math.sqrt(n)
+
+
+def test_noise_of_a_leaf_depends_on_its_path_alone():
+    key = random.key(2)
+    both = privatize({"z": torch.zeros(5), "a": torch.zeros(4)}, key, mechanism())
+    reordered = privatize({"a": torch.zeros(4), "z": torch.zeros(5)}, key, mechanism())
+    alone = privatize({"z": torch.zeros(5)}, key, mechanism())
+    assert both["z"].equal(reordered["z"])
+    assert both["z"].equal(alone["z"])
+
+
+def test_paths_that_print_alike_are_different_paths():
+    key = random.key(2)
+    keyed = [
+        {"0": torch.zeros(9)},
+        {0: torch.zeros(9)},
+        {"a": {"b": torch.zeros(9)}},
+        {"a.b": torch.zeros(9)},
+    ]
+    noises = [
+        torch.cat([x.flatten() for x in _leaves(privatize(t, key, mechanism()))]) for t in keyed
+    ]
+    assert len(torch.stack(noises).unique(dim=0)) == len(noises)
+
+
+def _leaves(tree):
+    return [
+        leaf
+        for value in tree.values()
+        for leaf in (_leaves(value) if isinstance(value, dict) else [value])
+    ]
+
+
+def test_float64_sums_get_float64_noise_and_short_formats_are_refused():
+    noisy = privatize({"w": torch.zeros(3, dtype=torch.float64)}, random.key(0), mechanism())
+    assert noisy["w"].dtype == torch.float64
+    with pytest.raises(TypeError, match=r"float32 or float64, got torch\.bfloat16"):
+        privatize({"w": torch.zeros(3, dtype=torch.bfloat16)}, random.key(0), mechanism())
+
+
+def test_clip_and_noise_in_half_precision_adds_float32_noise():
+    noisy = clip_and_noise(
+        {"w": torch.ones(4, 1000, dtype=torch.float16)}, random.key(0), mechanism()
+    )
+    assert noisy["w"].dtype == torch.float32
+    assert len(noisy["w"].unique()) > 990  # float16 noise would repeat

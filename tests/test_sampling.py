@@ -1,0 +1,259 @@
+"""Poisson sampling: the inclusion law by chi-square, O(batch), addressable; padding and edges."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpfunc import DPSGD, Batch, poisson_batches, poisson_indices, random
+from dpfunc.sampling.poisson import _binomial, uniform_subset
+
+KEY = random.key(2026)
+
+
+def mechanism(**changes):
+    fields = {
+        "clipping": 1.0,
+        "noise_multiplier": 1.0,
+        "sampling_prob": 0.3,
+        "expected_batch_size": 30,
+    }
+    return DPSGD(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(("num", "prob"), [(40, 0.2), (40, 0.5), (25, 0.8), (1, 0.3), (300, 0.02)])
+def test_batch_sizes_are_binomial(num, prob):
+    draws = 4000
+    sizes = [len(poisson_indices(num, KEY, t, sampling_prob=prob)) for t in range(draws)]
+    counts = np.bincount(sizes, minlength=num + 1)
+    expected = draws * scipy.stats.binom.pmf(np.arange(num + 1), num, prob)
+    common = expected >= 8
+    observed = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(expected[common], draws - expected[common].sum())
+    keep = wanted > 1e-6
+    assert (
+        scipy.stats.chisquare(observed[keep], wanted[keep] * draws / wanted[keep].sum()).pvalue
+        > 1e-3
+    )
+
+
+@pytest.mark.parametrize("prob", [0.1, 0.5, 0.7])
+def test_every_example_is_equally_likely_and_pairs_are_independent(prob):
+    num, draws = 12, 6000
+    member = np.zeros((draws, num))
+    for t in range(draws):
+        member[t, poisson_indices(num, KEY, t, sampling_prob=prob).numpy()] = 1
+    z = (member.mean(0) - prob) / math.sqrt(prob * (1 - prob) / draws)
+    assert scipy.stats.chi2.sf((z**2).sum(), num) > 1e-3
+    correlation = np.corrcoef(member.T)[np.triu_indices(num, 1)] * math.sqrt(draws)
+    assert scipy.stats.chi2.sf((correlation**2).sum(), len(correlation)) > 1e-3
+    steps = np.corrcoef(member[:-1].ravel(), member[1:].ravel())[0, 1]
+    assert abs(steps) < 5 / math.sqrt(num * draws)
+
+
+def test_a_law_with_one_example_favoured_is_rejected():
+    """The test of the test: two in a hundred more for one example would be seen."""
+    num, draws, prob = 12, 6000, 0.1
+    rng = np.random.default_rng(0)
+    member = rng.random((draws, num)) < np.array([prob * 1.2] + [prob] * (num - 1))
+    z = (member.mean(0) - prob) / math.sqrt(prob * (1 - prob) / draws)
+    assert scipy.stats.chi2.sf((z**2).sum(), num) < 1e-3
+
+
+@given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 10**6), st.integers())
+def test_indices_are_sorted_distinct_in_range_and_a_function_of_key_and_step(num, prob, step, seed):
+    key = random.key(seed)
+    drawn = poisson_indices(num, key, step, sampling_prob=prob)
+    assert drawn.dtype == torch.int64
+    assert drawn.equal(torch.unique(drawn))
+    assert not len(drawn) or (drawn[0] >= 0 and drawn[-1] < num)
+    assert drawn.equal(poisson_indices(num, key, torch.tensor(step), sampling_prob=prob))
+
+
+@given(st.integers(1, 200), st.data())
+def test_a_subset_has_its_size_and_is_distinct(num, data):
+    size = data.draw(st.integers(0, num))
+    subset = uniform_subset(KEY, num, size)
+    assert len(subset) == size == len(torch.unique(subset))
+
+
+def test_the_count_follows_the_binomial_distribution_function_closely():
+    """One count for each of many keys, in a case with a wide table."""
+    counts = [_binomial(k, 10**6, 0.01) for k in random.split(KEY, 3000)]
+    z = (np.array(counts) - 1e4) / math.sqrt(1e4 * 0.99)
+    assert scipy.stats.kstest(z, "norm").pvalue > 1e-3
+
+
+def test_two_billion_examples_take_milliseconds_and_memory_of_the_batch():
+    poisson_indices(2 * 10**9, KEY, 0, sampling_prob=1e-7)
+    begin = time.process_time()
+    for t in range(20):
+        drawn = poisson_indices(2 * 10**9, KEY, t, sampling_prob=1e-7)
+        assert 100 < len(drawn) < 320
+    assert time.process_time() - begin < 2.0  # a pass over the data would take a minute
+
+
+def test_certain_and_impossible():
+    assert poisson_indices(7, KEY, 0, sampling_prob=1.0).equal(torch.arange(7))
+    assert len(poisson_indices(7, KEY, 0, sampling_prob=0.0)) == 0
+    assert len(poisson_indices(0, KEY, 0, sampling_prob=0.5)) == 0
+    assert len(poisson_indices(10, KEY, 0, sampling_prob=1e-300)) == 0
+
+
+def test_batches_hold_the_drawn_examples_then_zeros():
+    data = {"x": torch.arange(100.0)[:, None] + 1, "y": torch.arange(100)}
+    for batch in poisson_batches(data, KEY, mechanism(), num_steps=5, pad_to_multiple_of=16):
+        drawn = poisson_indices(100, KEY, batch.step, sampling_prob=0.3)
+        assert len(batch.mask) % 16 == 0
+        assert batch.mask.sum() == len(drawn)
+        assert batch.data["y"][batch.mask].equal(drawn)
+        assert batch.data["x"][batch.mask, 0].equal(drawn + 1.0)
+        assert (batch.data["x"][~batch.mask] == 0).all()
+        assert batch.step.dtype == torch.int64
+        assert batch.step.ndim == 0
+
+
+def test_a_resumed_run_draws_the_batches_of_the_whole_run():
+    data = torch.arange(50.0)
+    whole = list(poisson_batches(data, KEY, mechanism(), num_steps=9))
+    resumed = list(poisson_batches(data, KEY, mechanism(), num_steps=9, start=4))
+    assert len(whole) == 9
+    assert len(resumed) == 5
+    for a, b in zip(whole[4:], resumed, strict=True):
+        assert all(x.equal(y) for x, y in zip(a, b, strict=True))
+
+
+def test_an_empty_draw_is_a_batch_of_padding_and_no_step_is_skipped():
+    rare = mechanism(sampling_prob=0.01, expected_batch_size=1)
+    batches = list(poisson_batches(torch.arange(20.0), KEY, rare, num_steps=40))
+    assert [int(batch.step) for batch in batches] == list(range(40))
+    assert any(not batch.mask.any() for batch in batches)
+    assert all(len(batch.mask) > 0 for batch in batches)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, num):
+        self.num = num
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, i):
+        return {"x": torch.full((2,), float(i)), "y": i}
+
+
+class Bulk(Rows):
+    def __getitems__(self, indices):
+        return [super(Bulk, self).__getitem__(i) for i in indices]
+
+
+@pytest.mark.parametrize(
+    "data", [Rows(60), Bulk(60), [{"x": np.full(2, float(i)), "y": i} for i in range(60)]]
+)
+def test_data_sets_of_rows_give_the_batches_of_columns(data):
+    columns = {"x": torch.arange(60.0)[:, None].expand(60, 2), "y": torch.arange(60)}
+    rare = mechanism(sampling_prob=0.03, expected_batch_size=2)
+    pairs = zip(
+        poisson_batches(data, KEY, rare, num_steps=30),
+        poisson_batches(columns, KEY, rare, num_steps=30),
+        strict=True,
+    )
+    empty = 0
+    for a, b in pairs:
+        empty += not a.mask.any()
+        assert a.mask.equal(b.mask)
+        torch.testing.assert_close(a.data, b.data, check_dtype=False)
+    assert empty
+
+
+def test_a_collate_function_of_the_users_own():
+    def collate(rows):
+        return torch.stack([row["x"].sum() for row in rows])
+
+    batch = next(poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=collate))
+    assert batch.data.shape == batch.mask.shape
+
+
+def test_a_cap_keeps_a_uniform_subset_and_only_in_a_mechanism_that_says_so():
+    capped = mechanism(sampling="truncated_poisson")
+    batches = poisson_batches(torch.arange(100), KEY, capped, num_steps=300, max_batch_size=25)
+    kept = np.zeros(100)
+    for batch in batches:
+        drawn = poisson_indices(100, KEY, batch.step, sampling_prob=0.3)
+        values = batch.data[batch.mask]
+        assert len(values) == min(25, len(drawn))
+        assert torch.isin(values, drawn).all()
+        kept[values.numpy()] += 1
+    assert scipy.stats.chisquare(kept).pvalue > 1e-3
+    assert capped.event().sampling == "truncated_poisson"
+    for wrong, cap in ((mechanism(), 25), (capped, None)):
+        with pytest.raises(ValueError, match="truncated_poisson"):
+            poisson_batches(torch.arange(100), KEY, wrong, num_steps=1, max_batch_size=cap)
+
+
+def test_a_run_sees_few_padded_sizes():
+    wide = mechanism(sampling_prob=0.01, expected_batch_size=256)
+    sizes = {
+        len(batch.mask) for batch in poisson_batches(torch.zeros(25_600), KEY, wide, num_steps=300)
+    }
+    assert len(sizes) <= 4
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (
+            lambda: poisson_indices(10, KEY, 0, sampling_prob=1.2),
+            ValueError,
+            "0 <= sampling_prob <= 1, got 1.2",
+        ),
+        (lambda: poisson_indices(10, KEY, 0, sampling_prob=math.nan), ValueError, "sampling_prob"),
+        (lambda: poisson_indices(-1, KEY, 0, sampling_prob=0.1), ValueError, "num_examples >= 0"),
+        (lambda: poisson_indices(2**41, KEY, 0, sampling_prob=0.1), ValueError, "num_examples"),
+        (lambda: poisson_indices(10, KEY, -1, sampling_prob=0.1), ValueError, "step >= 0"),
+        (
+            lambda: poisson_batches(torch.zeros(3), KEY, mechanism(), num_steps=-1),
+            ValueError,
+            "num_steps",
+        ),
+        (
+            lambda: poisson_batches(torch.zeros(3), KEY, mechanism(), num_steps=1, start=-1),
+            ValueError,
+            "start",
+        ),
+        (
+            lambda: poisson_batches(Rows(0), KEY, mechanism(), num_steps=1),
+            ValueError,
+            "at least one example",
+        ),
+        (
+            lambda: poisson_batches(iter([]), KEY, mechanism(), num_steps=1),
+            TypeError,
+            "iterable stream",
+        ),
+        (
+            lambda: poisson_batches([torch.zeros(3)] * 3, KEY, mechanism(), num_steps=1),
+            TypeError,
+            "either",
+        ),
+        (
+            lambda: poisson_batches(
+                (torch.zeros(3), torch.zeros(2)), KEY, mechanism(), num_steps=1
+            ),
+            ValueError,
+            "same leading",
+        ),
+    ],
+)
+def test_bad_input_is_refused_at_the_call(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_a_batch_is_a_named_tuple():
+    assert Batch._fields == ("data", "mask", "step")
