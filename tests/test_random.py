@@ -1,6 +1,7 @@
 """Keys and draws: RFC 8439, OpenSSL as oracle, the laws of the distributions, independence."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -40,10 +41,8 @@ def test_bits_are_the_rfc_keystream():
 
 def test_a_block_with_a_nonce_is_the_rfc_block():
     key = torch.from_numpy(np.frombuffer(bytes(range(32)), "<u4").astype(np.int64))[None]
-    nonce = torch.from_numpy(
-        np.frombuffer(bytes.fromhex("000000090000004a00000000"), "<u4").astype(np.int64)
-    )
-    assert words(key, nonce[None], 16, 16).numpy().astype("<i4").tobytes() == RFC_BLOCK
+    tag, data = 0x09000000, torch.tensor([0x4A000000])  # nonce bytes 00000009 0000004a 00000000
+    assert words(key, tag, data, 16, 16).numpy().astype("<i4").tobytes() == RFC_BLOCK
 
 
 @given(st.integers(), st.integers(0, 3000), st.integers(0, 3000))
@@ -147,15 +146,26 @@ def test_moments_and_tails_of_normals(dtype):
 
 def test_float32_normals_reach_beyond_six_and_a_half():
     """The rarest radius of all: x = 0 in the top half of a pair, at an angle of 0."""
-    pairs = np.zeros((1, 2, cpu.LANES), dtype="<i4")
     out = np.empty((1, 2, cpu.LANES), dtype=np.float32)
-    radius, angle = (np.empty((1, cpu.LANES), dtype=np.float32) for _ in range(2))
-    cpu._box_muller(pairs, out, radius, angle)
+    radius, angle = np.empty((2, 1, cpu.LANES), dtype=np.float32)
+    cpu._box_muller(np.zeros((1, 2, cpu.LANES), dtype="<i4"), out, radius, angle)
     assert 6.5 < out.max() < 6.7
-    pairs = np.full((1, 2, cpu.LANES), -1, dtype="<i4")  # the smallest radius, no NaN
-    cpu._box_muller(pairs, out, radius, angle)
+    # The smallest radius: all bits set.
+    cpu._box_muller(np.full((1, 2, cpu.LANES), -1, dtype="<i4"), out, radius, angle)
     assert np.isfinite(out).all()
     assert abs(out).max() < 1e-4
+
+
+def test_threads_do_not_share_their_work_space():
+    def draw(i):
+        return random.normal(
+            random.key(i), (200_000,), dtype=torch.float64 if i % 2 else torch.float32
+        )
+
+    alone = [draw(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(draw, range(8)))
+    assert all(a.equal(b) for a, b in zip(alone, together, strict=True))
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000), st.sampled_from([torch.float32, torch.float64]))
@@ -281,9 +291,9 @@ def test_the_triton_kernels_make_the_same_stream_in_the_interpreter():
 
     code = (
         "import torch; from dpfunc._chacha20 import cpu, cuda\n"
-        "keys, nonces = torch.randint(0, 2**32, (2, 8)), torch.randint(0, 2**32, (2, 3))\n"
+        "keys, data = torch.randint(0, 2**32, (2, 8)), torch.tensor([-3, 2**40 + 5])\n"
         "for s, n in ((0, 100), (37, 3000)):\n"
-        "    assert cuda.words(keys, nonces, s, n).equal(cpu.words(keys, nonces, s, n))\n"
+        "    assert cuda.words(keys, 7, data, s, n).equal(cpu.words(keys, 7, data, s, n))\n"
         "    for d in (torch.float32, torch.float64):\n"
         "        torch.testing.assert_close(cuda.normals(keys, s, n, d), cpu.normals(keys, s, n, d))\n"
     )

@@ -111,9 +111,14 @@ def adam(
         step = state.step + 1
         first = trees.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, grads)
         second = trees.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.second, grads)
-        unbias1, unbias2 = (1 - torch.as_tensor(b, device=step.device) ** step for b in (b1, b2))
+        power = step.to(torch.float64)
+        unbias1, unbias2 = 1 - b1**power, 1 - b2**power
         updates = trees.map(
-            lambda m, v: -learning_rate * (m / unbias1) / ((v / unbias2).sqrt() + stabilizer),
+            lambda m, v: (
+                -learning_rate
+                * (m / unbias1.to(m.dtype))
+                / ((v / unbias2.to(v.dtype)).sqrt() + stabilizer)
+            ),
             first,
             second,
         )

@@ -49,7 +49,10 @@ def draw_run(
     left.set_title("Utility and budget")
 
     values = np.asarray(norms, dtype=float)
-    right.hist(values[np.isfinite(values)], bins=40, color=_GREY)
+    values = np.clip(values[np.isfinite(values)], l2_clip_norm * 1e-4, None)
+    low, high = np.log10(min([*values, l2_clip_norm])), np.log10(max([*values, l2_clip_norm]))
+    right.hist(values, bins=np.logspace(low, high + 1e-6, 41), color=_GREY)  # pyright: ignore
+    right.set_xscale("log")
     right.axvline(l2_clip_norm, color=_ORANGE, linestyle="--", label=f"clip norm {l2_clip_norm:g}")
     right.set(xlabel="gradient norm before clipping", ylabel="examples")
     right.legend()

@@ -25,7 +25,7 @@ import math
 import operator
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def split(key: Key, num: int = 2) -> Tensor:
     True
     """
     num = _checks.integer(at_least=0, num=num)
-    stream = words(_row(key), _nonces(key, _SPLIT, 0), 0, 8 * num)
+    stream = _stream(key, _SPLIT, 0, 8 * num)
     return _unsigned(stream).reshape(num, 8)
 
 
@@ -135,11 +135,9 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
 def derive(key: Key, use: int, data: int | Sequence[int] | Tensor = 0) -> Tensor:
     """Derive a key for one of the library's own uses: (8,), or (n, 8) where data is (n,)."""
     row = _row(key)
-    nonces = _nonces(key, use, data)
-    keys = row.expand(nonces.shape[0], 8)
-    out = _unsigned(words(keys, nonces, 0, 8))
-    flat = isinstance(data, int) or (isinstance(data, Tensor) and data.ndim == 0)
-    return out[0] if flat else out
+    numbers = _numbers(data).to(key.device)
+    out = _unsigned(words(row.expand(numbers.numel(), 8), use, numbers.reshape(-1), 0, 8))
+    return out.reshape(*numbers.shape, 8)
 
 
 def bits(key: Key, shape: Sequence[int], *, offset: int = 0) -> Tensor:
@@ -164,10 +162,10 @@ def bits(key: Key, shape: Sequence[int], *, offset: int = 0) -> Tensor:
     Source: RFC 8439, section 2.4.
 
     >>> bits(torch.zeros(8, dtype=torch.int64), (2,))
-    tensor([2917185654, 2419979837])
+    tensor([2917185654, 2419978656])
     """
     num = _size(shape, offset, 1)
-    return _unsigned(words(_row(key), _nonces(key, 0, 0), offset, num)).reshape(tuple(shape))
+    return _unsigned(_stream(key, 0, offset, num)).reshape(tuple(shape))
 
 
 def uniform(
@@ -197,7 +195,7 @@ def uniform(
     """
     wide = _wide(dtype)
     num = _size(shape, offset, 1 + wide)
-    stream = words(_row(key), _nonces(key, 0, 0), offset * (1 + wide), num * (1 + wide))
+    stream = _stream(key, 0, offset * (1 + wide), num * (1 + wide))
     if wide:
         low, high = _unsigned(stream).reshape(-1, 2).unbind(1)
         value = ((high << 21) + (low >> 11)).to(dtype) * 2.0**-53
@@ -267,7 +265,7 @@ def laplace(
     """
     wide = _wide(dtype)
     num = _size(shape, offset, 1 + wide)
-    stream = words(_row(key), _nonces(key, 0, 0), offset * (1 + wide), num * (1 + wide))
+    stream = _stream(key, 0, offset * (1 + wide), num * (1 + wide))
     if wide:
         low, high = _unsigned(stream).reshape(-1, 2).unbind(1)
         signed = (high << 32) | low
@@ -298,22 +296,25 @@ def _unsigned(stream: Tensor) -> Tensor:
     return stream.to(torch.int64) & 0xFFFFFFFF
 
 
-def _nonces(key: Key, tag: int, data: Any) -> Tensor:
-    """The nonces (tag, low word, high word) for integers in two's complement: (n, 3)."""
-    if not isinstance(data, Tensor):
-        numbers = data if isinstance(data, Sequence) else [data]
-        for number in numbers:
-            if isinstance(number, bool) or not hasattr(number, "__index__"):
-                raise TypeError(f"Expected data to be an int or a 0-d int tensor, got {number!r}.")
-            if not -(2**63) <= number < 2**63:
-                raise ValueError(f"Expected -2**63 <= data < 2**63, got {number}.")
-        data = torch.tensor([int(n) for n in numbers], dtype=torch.int64)
-    elif not _is_integer(data):
-        raise TypeError(f"Expected data to be an int or a 0-d int tensor, got dtype {data.dtype}.")
-    data = data.to(device=key.device, dtype=torch.int64).reshape(-1)
-    return torch.stack(
-        [torch.full_like(data, tag), data & 0xFFFFFFFF, (data >> 32) & 0xFFFFFFFF], 1
-    )
+def _stream(key: Key, tag: int, start: int, num: int) -> Tensor:
+    row = _row(key)
+    return words(row, tag, row.new_zeros(1, dtype=torch.int64), start, num)
+
+
+def _numbers(data: int | Sequence[int] | Tensor) -> Tensor:
+    """Integers as an int64 tensor of their own shape."""
+    if isinstance(data, Tensor):
+        if not _is_integer(data):
+            raise TypeError(
+                f"Expected data to be an int or a 0-d int tensor, got dtype {data.dtype}."
+            )
+        return data.to(torch.int64)
+    for number in data if isinstance(data, Sequence) else [data]:
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise TypeError(f"Expected data to be an int or a 0-d int tensor, got {number!r}.")
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"Expected -2**63 <= data < 2**63, got {number}.")
+    return torch.tensor(data, dtype=torch.int64)
 
 
 def _wide(dtype: torch.dtype) -> bool:

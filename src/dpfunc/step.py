@@ -65,6 +65,7 @@ def clip_and_noise(grads: Tree, key: Key, mechanism: DPSGD, *, mask: Tensor | No
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
 
+    >>> import torch
     >>> mechanism = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.1, expected_batch_size=2)
     >>> clip_and_noise({"w": torch.ones(3, 4)}, random.key(0), mechanism)["w"].shape
     torch.Size([4])
@@ -105,6 +106,7 @@ def private_grad(
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
 
+    >>> import torch
     >>> mechanism = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.1, expected_batch_size=2)
     >>> batch = Batch(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.tensor(0))
     >>> private_grad(lambda w, x: w @ x, mechanism)(torch.zeros(3), batch, random.key(0)).shape
@@ -159,6 +161,7 @@ def make_dp_step(
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
 
+    >>> import torch
     >>> mechanism = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.1, expected_batch_size=2)
     >>> dp_step = make_dp_step(lambda w, x: w @ x, mechanism, lambda w, g: w - 0.1 * g)
     >>> batch = Batch(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.tensor(0))
@@ -207,6 +210,7 @@ def make_train_step(
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
 
     >>> from dpfunc.optimizers import sgd
+    >>> import torch
     >>> mechanism = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.1, expected_batch_size=2)
     >>> init, step = make_train_step(lambda w, x: w @ x, mechanism, sgd(0.1, momentum=0.9))
     >>> batch = Batch(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.tensor(0))

@@ -14,6 +14,7 @@ its full relative precision near 0 and the tail runs to sqrt(-2 ln 2**-w) = 6.66
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -21,15 +22,33 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from torch import Tensor
 
 LANES = 512
-_CHUNK_WORDS = 1 << 16  # 256 KiB of words: small enough to stay in the second-level cache
-_ZEROS = bytes(4 * _CHUNK_WORDS)
+_CHUNK = 64  # groups turned at once: 256 KiB of words stay in the second-level cache
+_ZEROS = memoryview(bytes(4 * _CHUNK * 2 * LANES))
+_STREAM = bytes(12)  # the nonce of a key's output stream
 
 
-def _encryptor(key: np.ndarray, nonce: np.ndarray, block: int) -> CipherContext:
-    counter_and_nonce = np.array([block, *nonce], dtype=np.int64).astype("<u4").tobytes()
-    return Cipher(
-        algorithms.ChaCha20(key.astype("<u4").tobytes(), counter_and_nonce), None
-    ).encryptor()
+class _Scratch(threading.local):
+    """Work space for one chunk, kept: fresh pages would cost as much as a small draw."""
+
+    def __init__(self) -> None:
+        self.pairs = np.empty((_CHUNK, 2, LANES), dtype="<i8")
+        self.radius = np.empty((_CHUNK, LANES), dtype=np.float64)
+        self.angle = np.empty((_CHUNK, LANES), dtype=np.float64)
+
+    def arrays(self, real: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Integers and two arrays of reals for a chunk, of the size of `real`."""
+        integers = self.pairs.reshape(-1).view(f"<i{real.itemsize}")
+        reals = (half.reshape(-1).view(real) for half in (self.radius, self.angle))
+        radius, angle = (half[: _CHUNK * LANES].reshape(_CHUNK, LANES) for half in reals)
+        return integers[: _CHUNK * 2 * LANES].reshape(_CHUNK, 2, LANES), radius, angle
+
+
+_SCRATCH = _Scratch()
+
+
+def _encryptor(key: bytes, nonce: bytes, block: int) -> CipherContext:
+    chacha20 = algorithms.ChaCha20(key, block.to_bytes(4, "little") + nonce)
+    return Cipher(chacha20, None).encryptor()
 
 
 def _fill(encryptor: CipherContext, out: np.ndarray) -> None:
@@ -37,61 +56,65 @@ def _fill(encryptor: CipherContext, out: np.ndarray) -> None:
     view = out.data.cast("B")
     for begin in range(0, out.nbytes, len(_ZEROS)):
         piece = view[begin : begin + len(_ZEROS)]
-        encryptor.update_into(_ZEROS if len(piece) == len(_ZEROS) else bytes(len(piece)), piece)
+        encryptor.update_into(_ZEROS[: len(piece)], piece)
 
 
-def words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+def _rows_as_bytes(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.numpy().astype("<u4")]
+
+
+def words(keys: Tensor, tag: int, data: Tensor, start: int, num: int) -> Tensor:
     skip = start % 16
     out = np.empty((keys.shape[0], skip + num), dtype="<i4")
-    for row, key, nonce in zip(out, keys.numpy(), nonces.numpy(), strict=True):
-        if row.size:
+    if out.shape[1]:
+        for row, key, number in zip(out, _rows_as_bytes(keys), data.tolist(), strict=True):
+            nonce = tag.to_bytes(4, "little") + number.to_bytes(8, "little", signed=True)
             _fill(_encryptor(key, nonce, start // 16), row)
     return torch.from_numpy(out)[:, skip:].contiguous()
 
 
 def _box_muller(pairs: np.ndarray, out: np.ndarray, radius: np.ndarray, angle: np.ndarray) -> None:
-    """(groups, 2, LANES) integers, overwritten -> (groups, 2, LANES) normals, in place."""
+    """(groups, 2, LANES) integers, overwritten -> (groups, 2, LANES) normals."""
     real = out.dtype.type
-    x, y = pairs[:, 0], pairs[:, 1]
+    x, cosine, sine = pairs[:, 0], out[:, 0], out[:, 1]
     top = 8 * pairs.itemsize - 1
     np.bitwise_and(x, (1 << top) - 1, out=x)
-    np.add(x, real(0.5), out=radius, dtype=real, casting="unsafe")
-    np.multiply(radius, real(2.0**-top), out=radius)
+    radius[...] = x
+    radius += real(0.5)
+    radius *= real(2.0**-top)
     np.log(radius, out=radius)
-    np.multiply(radius, real(-2.0), out=radius)
+    radius *= real(-2.0)
     np.sqrt(radius, out=radius)
-    np.multiply(y, real(math.pi * 2.0**-top), out=angle, dtype=real, casting="unsafe")
-    np.cos(angle, out=out[:, 0])
-    np.multiply(out[:, 0], radius, out=out[:, 0])
-    np.sin(angle, out=out[:, 1])
-    np.multiply(out[:, 1], radius, out=out[:, 1])
+    angle[...] = pairs[:, 1]
+    angle *= real(math.pi * 2.0**-top)
+    np.cos(angle, out=cosine)
+    cosine *= radius
+    np.sin(angle, out=angle)
+    np.multiply(angle, radius, out=sine)
 
 
-def _normal_row(key: np.ndarray, start: int, num: int, real: np.dtype) -> np.ndarray:
+def _normal_row(key: bytes, start: int, num: int, real: np.dtype) -> np.ndarray:
     group = 2 * LANES
-    words_per_group = group * real.itemsize // 4
     first, last = start // group, -(-(start + num) // group)
     out = np.empty((last - first, 2, LANES), dtype=real)
-    step = max(1, min(last - first, _CHUNK_WORDS // words_per_group))
-    pairs = np.empty((step, 2, LANES), dtype=f"<i{real.itemsize}")
-    radius, angle = (np.empty((step, LANES), dtype=real) for _ in range(2))
-    encryptor = _encryptor(key, np.zeros(3, np.int64), first * words_per_group // 16)
-    for begin in range(0, last - first, step):
-        piece = out[begin : begin + step]
-        n = len(piece)
+    pairs, radius, angle = _SCRATCH.arrays(real)
+    encryptor = _encryptor(key, _STREAM, first * group * real.itemsize // 64)
+    for begin in range(0, last - first, _CHUNK):
+        chunk = out[begin : begin + _CHUNK]
+        n = len(chunk)
         _fill(encryptor, pairs[:n])
-        _box_muller(pairs[:n], piece, radius[:n], angle[:n])
+        _box_muller(pairs[:n], chunk, radius[:n], angle[:n])
     return out.reshape(-1)[start - first * group :][:num]
 
 
 def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
     real = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
-    rows = keys.numpy()
-    if num == 0 or len(rows) == 0:
+    rows = _rows_as_bytes(keys)
+    if num == 0 or not rows:
         return torch.empty((len(rows), num), dtype=dtype)
     if len(rows) == 1:
         return torch.from_numpy(_normal_row(rows[0], start, num, real))[None]
-    out = torch.empty((len(rows), num), dtype=dtype)
-    for row, key in zip(out.numpy(), rows, strict=True):
+    out = np.empty((len(rows), num), dtype=real)
+    for row, key in zip(out, rows, strict=True):
         row[:] = _normal_row(key, start, num, real)
-    return out
+    return torch.from_numpy(out)

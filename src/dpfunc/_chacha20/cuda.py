@@ -41,7 +41,7 @@ def _word(pointer, i: tl.constexpr, zero):
 
 
 @triton.jit
-def _block(key, nonce, counter):
+def _block(key, tag, data, counter):
     """RFC 8439, section 2.3: sixteen words for each lane of `counter` (uint32)."""
     zero = counter * 0
     k0, k1, k2, k3 = (
@@ -56,7 +56,11 @@ def _block(key, nonce, counter):
         _word(key, 6, zero),
         _word(key, 7, zero),
     )
-    n0, n1, n2 = _word(nonce, 0, zero), _word(nonce, 1, zero), _word(nonce, 2, zero)
+    n0, n1, n2 = (
+        zero + tag.to(tl.uint32),
+        zero + data.to(tl.uint32),
+        zero + (data >> 32).to(tl.uint32),
+    )
     c0, c1, c2, c3 = zero + 0x61707865, zero + 0x3320646E, zero + 0x79622D32, zero + 0x6B206574
     x0, x1, x2, x3, x4, x5, x6, x7 = c0, c1, c2, c3, k0, k1, k2, k3
     x8, x9, x10, x11, x12, x13, x14, x15 = k4, k5, k6, k7, counter, n0, n1, n2
@@ -76,10 +80,11 @@ def _block(key, nonce, counter):
 
 
 @triton.jit
-def _words_kernel(keys, nonces, out, start, num, BLOCKS: tl.constexpr):
+def _words_kernel(keys, tag, data, out, start, num, BLOCKS: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     block = start // 16 + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    values = _block(keys + row * 8, nonces + row * 3, block.to(tl.uint32))
+    number = tl.load(data + row).to(tl.int64)
+    values = _block(keys + row * 8, tl.zeros([], tl.int64) + tag, number, block.to(tl.uint32))
     for i in tl.static_range(16):
         at = block * 16 + i - start
         word = values[i].to(tl.int32, bitcast=True)
@@ -94,13 +99,14 @@ def _store_pair(out, at, start, num, r, a):
 
 
 @triton.jit
-def _normals32_kernel(keys, nonce, out, start, num, BLOCKS: tl.constexpr):
+def _normals32_kernel(keys, out, start, num, BLOCKS: tl.constexpr):
     """A lane makes block j of a group's radii and block j of its angles (32 blocks each)."""
     row = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     group, j = start // 1024 + lane // 32, lane % 32
-    xs = _block(keys + row * 8, nonce, (group * 64 + j).to(tl.uint32))
-    ys = _block(keys + row * 8, nonce, (group * 64 + 32 + j).to(tl.uint32))
+    none = tl.zeros([], tl.int64)
+    xs = _block(keys + row * 8, none, none, (group * 64 + j).to(tl.uint32))
+    ys = _block(keys + row * 8, none, none, (group * 64 + 32 + j).to(tl.uint32))
     for i in tl.static_range(16):
         x = (xs[i] & 0x7FFFFFFF).to(tl.int32, bitcast=True).to(tl.float32)
         y = ys[i].to(tl.int32, bitcast=True).to(tl.float32)
@@ -110,13 +116,14 @@ def _normals32_kernel(keys, nonce, out, start, num, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _normals64_kernel(keys, nonce, out, start, num, BLOCKS: tl.constexpr):
+def _normals64_kernel(keys, out, start, num, BLOCKS: tl.constexpr):
     """As above with pairs of words: 64 blocks of radii and 64 of angles to a group."""
     row = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     group, j = start // 1024 + lane // 64, lane % 64
-    xs = _block(keys + row * 8, nonce, (group * 128 + j).to(tl.uint32))
-    ys = _block(keys + row * 8, nonce, (group * 128 + 64 + j).to(tl.uint32))
+    none = tl.zeros([], tl.int64)
+    xs = _block(keys + row * 8, none, none, (group * 128 + j).to(tl.uint32))
+    ys = _block(keys + row * 8, none, none, (group * 128 + 64 + j).to(tl.uint32))
     for i in tl.static_range(8):
         x = ((xs[2 * i + 1] & 0x7FFFFFFF).to(tl.int64) << 32) | xs[2 * i].to(tl.int64)
         y = (ys[2 * i + 1].to(tl.int32, bitcast=True).to(tl.int64) << 32) | ys[2 * i].to(tl.int64)
@@ -127,12 +134,14 @@ def _normals64_kernel(keys, nonce, out, start, num, BLOCKS: tl.constexpr):
         _store_pair(out + row * num, at, start, num, r, a)
 
 
-def words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+def words(keys: Tensor, tag: int, data: Tensor, start: int, num: int) -> Tensor:
     out = keys.new_empty((keys.shape[0], num), dtype=torch.int32)
     if out.numel():
         blocks = (start + num - 1) // 16 - start // 16 + 1
         grid = (triton.cdiv(blocks, _BLOCKS), keys.shape[0])
-        _words_kernel[grid](keys.contiguous(), nonces.contiguous(), out, start, num, BLOCKS=_BLOCKS)
+        _words_kernel[grid](
+            keys.contiguous(), tag, data.contiguous(), out, start, num, BLOCKS=_BLOCKS
+        )
     return out
 
 
@@ -145,6 +154,5 @@ def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
         lanes = groups * (64 if wide else 32)
         kernel = _normals64_kernel if wide else _normals32_kernel
         grid = (triton.cdiv(lanes, _BLOCKS), keys.shape[0])
-        nonce = keys.new_zeros(3)
-        kernel[grid](keys.contiguous(), nonce, out, start, num, BLOCKS=_BLOCKS)
+        kernel[grid](keys.contiguous(), out, start, num, BLOCKS=_BLOCKS)
     return out

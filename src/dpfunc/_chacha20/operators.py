@@ -13,13 +13,16 @@ MAX_WORDS = 2**36
 """Words under one (key, nonce): 2**32 blocks of 16 words, the range of RFC 8439's counter."""
 
 _LIBRARY = torch.library.Library("dpfunc", "DEF")
-_LIBRARY.define("words(Tensor keys, Tensor nonces, SymInt start, SymInt num) -> Tensor")
+_LIBRARY.define("words(Tensor keys, int tag, Tensor data, SymInt start, SymInt num) -> Tensor")
 _LIBRARY.define("normals(Tensor keys, SymInt start, SymInt num, ScalarType dtype) -> Tensor")
 
 
-def words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
-    """Keystream words `start` to `start + num` of each row: (K, 8), (K, 3) -> (K, num) int32."""
-    return torch.ops.dpfunc.words.default(keys, nonces, start, num)
+def words(keys: Tensor, tag: int, data: Tensor, start: int, num: int) -> Tensor:
+    """Keystream words `start` to `start + num` of each row, as int32: (K, 8), (K,) -> (K, num).
+
+    The nonce of a row is (tag, low word of data, high word of data); data is int64.
+    """
+    return torch.ops.dpfunc.words.default(keys, tag, data, start, num)
 
 
 def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
@@ -27,10 +30,10 @@ def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
     return torch.ops.dpfunc.normals.default(keys, start, num, dtype)
 
 
-def _cuda_words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+def _cuda_words(keys: Tensor, tag: int, data: Tensor, start: int, num: int) -> Tensor:
     from dpfunc._chacha20 import cuda  # Triton is there only where CUDA is
 
-    return cuda.words(keys, nonces, start, num)
+    return cuda.words(keys, tag, data, start, num)
 
 
 def _cuda_normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
@@ -39,7 +42,7 @@ def _cuda_normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Ten
     return cuda.normals(keys, start, num, dtype)
 
 
-def _meta_words(keys: Tensor, nonces: Tensor, start: int, num: int) -> Tensor:
+def _meta_words(keys: Tensor, tag: int, data: Tensor, start: int, num: int) -> Tensor:
     return keys.new_empty((keys.shape[0], num), dtype=torch.int32)
 
 
@@ -48,16 +51,16 @@ def _meta_normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Ten
 
 
 def _rows(x: Tensor, axis: int | None, size: int) -> Tensor:
-    """Fold the mapped axis of a (K, n) operand into its rows: (size * K, n)."""
+    """Fold the mapped axis of an operand into its rows: (size * K, ...)."""
     x = x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _vmap_words(
-    info: Any, in_dims: Any, keys: Tensor, nonces: Tensor, start: int, num: int
+    info: Any, in_dims: Any, keys: Tensor, tag: int, data: Tensor, start: int, num: int
 ) -> tuple[Tensor, int]:
     size = info.batch_size
-    out = words(_rows(keys, in_dims[0], size), _rows(nonces, in_dims[1], size), start, num)
+    out = words(_rows(keys, in_dims[0], size), tag, _rows(data, in_dims[2], size), start, num)
     return out.reshape(size, -1, num), 0
 
 

@@ -91,7 +91,7 @@ def calibrate_num_steps(
 
     >>> calibrate_num_steps(
     ...     target_epsilon=3.0, delta=1e-5, noise_multiplier=1.0, sampling_prob=0.01, accountant="rdp")
-    2092
+    2195
     """
     _checks.positive(target_epsilon=target_epsilon)
     noise_multiplier = _checks.finite_non_negative(noise_multiplier=noise_multiplier)
@@ -144,7 +144,7 @@ def calibrate_sampling_prob(
     >>> prob = calibrate_sampling_prob(
     ...     target_epsilon=3.0, delta=1e-5, noise_multiplier=1.0, num_steps=1000, accountant="rdp")
     >>> round(prob, 4)
-    0.0147
+    0.0142
     """
     _checks.positive(target_epsilon=target_epsilon)
     noise_multiplier = _checks.positive(noise_multiplier=noise_multiplier)

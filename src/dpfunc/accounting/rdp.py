@@ -76,7 +76,7 @@ def rdp_epsilon(
     >>> log = (StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000),)
     >>> epsilon, order = rdp_epsilon(log, 1e-5)
     >>> round(epsilon, 3), round(order, 1)
-    (2.101, 7.9)
+    (2.101, 7.8)
     """
     return _best(log, orders, lambda total, order: (
         total + np.log1p(-1 / order) - (math.log(delta) + np.log(order)) / (order - 1)

@@ -1,0 +1,329 @@
+"""RDP accounting: other libraries' figures, closed forms, 40-digit integrals, and the laws."""
+
+import json
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from dpfunc import (
+    Log,
+    StepEvent,
+    append,
+    calibrate_noise_multiplier,
+    calibrate_num_steps,
+    calibrate_sampling_prob,
+    delta,
+    epsilon,
+)
+from dpfunc.accounting.rdp import ORDERS, rdp, rdp_delta, rdp_epsilon
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rdp.json").read_text())
+
+
+def event_of(row):
+    fields = ("noise_multiplier", "sampling_prob", "count")
+    return StepEvent(**{field: row[field] for field in fields})
+
+
+def run(noise_multiplier=1.0, sampling_prob=0.01, count=1000, **fields):
+    return StepEvent(
+        noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, count=count, **fields
+    )
+
+
+def spent(*log, delta=1e-5):
+    return epsilon(log, delta=delta, accountant="rdp")
+
+
+events = st.builds(
+    StepEvent,
+    noise_multiplier=st.floats(0.3, 50),
+    sampling_prob=st.floats(1e-5, 1),
+    count=st.integers(1, 10_000),
+)
+logs = st.lists(events, max_size=3).map(Log)
+deltas = st.floats(-12, -1).map(lambda exponent: 10.0**exponent)
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"], ids=lambda row: str(event_of(row))[10:60])
+def test_rdp_and_epsilon_agree_with_dp_accounting(row):
+    orders = GOLDEN["whole_orders"]
+    np.testing.assert_allclose(rdp(event_of(row), orders), row["rdp_whole_orders"], rtol=1e-6)
+    ours, _ = rdp_epsilon((event_of(row),), row["delta"], orders)
+    assert ours == pytest.approx(row["epsilon_whole_orders"], rel=1e-6)
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"], ids=lambda row: str(event_of(row))[10:60])
+def test_fractional_orders_agree_with_the_signed_series_of_opacus(row):
+    ours = rdp(replace(event_of(row), count=1), GOLDEN["fractional_orders"])
+    theirs = np.array(row["opacus_rdp_fractional_orders"])
+    # The series cancels: its own error is some 1e-14 in log A, whatever log A is.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"], ids=lambda row: str(event_of(row))[10:60])
+def test_the_search_over_all_orders_is_never_above_the_default_list(row):
+    ours = spent(event_of(row), delta=row["delta"])
+    assert ours <= row["epsilon_default_orders"] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("noise", "prob", "order"),
+    [
+        (1.1, 0.00427, 1.1),
+        (0.5, 0.01, 1.3),
+        (3.0, 0.3, 1.7),
+        (0.3, 0.01, 2.5),
+        (1.0, 0.01, 7.3),
+        (8.0, 0.001, 500.5),
+        (4.0, 1e-4, 1.5),
+        (0.1, 0.5, 3.3),
+        (20.0, 0.9, 1000.7),
+        (1.0, 1e-7, 5.5),
+    ],
+)
+def test_rdp_is_the_integral_to_forty_digits_and_rounds_outward(noise, prob, order):
+    with mpmath.workdps(40):
+        s, q, a = mpmath.mpf(noise), mpmath.mpf(prob), mpmath.mpf(order)
+
+        def integrand(x):
+            return (1 - q + q * mpmath.exp(x / s - 1 / (2 * s * s))) ** a * mpmath.npdf(x)
+
+        mode = order / noise
+        ends = sorted({-40.0, -5.0, 0.0, 5.0, mode / 2, mode - 5, mode + 5, mode + 40})
+        true = mpmath.log(mpmath.quad(integrand, ends, maxdegree=10)) / (a - 1)
+        excess = (rdp(run(noise, prob, 1), [order])[0] - true) / true
+    assert 0 <= excess < 1e-8
+
+
+def test_full_batch_gaussian_is_order_over_twice_the_variance():
+    full = run(2.0, 1.0, 3, sampling="none")
+    np.testing.assert_allclose(rdp(full, [2.0, 8.0]), [0.75, 3.0])
+    np.testing.assert_allclose(rdp(replace(full, sampling="poisson"), [2.0, 8.0]), [0.75, 3.0])
+
+
+@given(logs, logs, deltas)
+def test_logs_compose_in_any_order(a, b, d):
+    assert spent(*(a + b), delta=d) == pytest.approx(spent(*(b + a), delta=d), rel=1e-9)
+    assert spent(*(a + b), delta=d) >= max(spent(*a, delta=d), spent(*b, delta=d)) * (1 - 1e-9)
+
+
+@given(events, st.integers(2, 5), deltas)
+def test_a_count_is_as_many_copies(event, copies, d):
+    many = replace(event, count=event.count * copies)
+    assert spent(many, delta=d) == pytest.approx(spent(*[event] * copies, delta=d), rel=1e-12)
+    orders = ORDERS[:20]
+    np.testing.assert_allclose(rdp(many, orders), rdp(event, orders) * copies, rtol=1e-12)
+
+
+@given(events, deltas, st.floats(1.0, 3.0))
+def test_epsilon_falls_with_noise_and_delta_and_rises_with_sampling_and_steps(event, d, factor):
+    base = spent(event, delta=d)
+    slack = 1 + 1e-6  # of the search over orders
+    assert 0 <= base < math.inf
+    quieter = replace(event, noise_multiplier=event.noise_multiplier * factor)
+    assert spent(quieter, delta=d) <= base * slack
+    assert spent(event, delta=min(0.5, d * factor)) <= base * slack
+    rarer = replace(event, sampling_prob=event.sampling_prob / factor)
+    assert spent(rarer, delta=d) <= base * slack
+    assert spent(replace(event, count=event.count + 1), delta=d) >= base / slack
+
+
+@given(events, deltas)
+def test_delta_of_epsilon_returns_the_delta(event, d):
+    value = spent(event, delta=d)
+    assume(value > 0)
+    back = delta((event,), epsilon=value, accountant="rdp")
+    assert back == pytest.approx(d, rel=1e-3)
+
+
+@given(logs, deltas)
+def test_nothing_warns_and_nothing_is_nan(log, d):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, order = rdp_epsilon(log, d)
+        assert value >= 0
+        assert (order > 1) == bool(log) or math.isnan(order)
+        assert 0 <= rdp_delta(log, value) <= 1
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [(), (run(count=0),), (run(sampling_prob=0.0),), (run(noise_multiplier=math.inf),)],
+)
+def test_nothing_released_costs_exactly_nothing(nothing):
+    assert spent(*nothing) == 0.0
+    assert delta(nothing, epsilon=0.0, accountant="rdp") == 0.0
+
+
+def test_no_noise_costs_everything():
+    assert spent(run(noise_multiplier=0.0)) == math.inf
+    assert delta((run(noise_multiplier=0.0),), epsilon=5.0, accountant="rdp") == 1.0
+
+
+def test_extremes_give_a_bound_and_no_warning():
+    for event in (
+        run(1e-3, 0.5, 1),
+        run(1e4, 1e-6, 1),
+        run(0.02, 1e-9, 10),
+        run(5, 0.999999, 10**9),
+    ):
+        assert 0 <= spent(event) <= math.inf
+
+
+@pytest.mark.parametrize("accountant", ["pld", "prv", "", None])
+def test_an_unknown_accountant_is_answered_with_those_that_there_are(accountant):
+    with pytest.raises(ValueError, match="accountant to be one of 'rdp'"):
+        epsilon((), delta=1e-5, accountant=accountant)
+
+
+def test_the_default_accountant_is_not_there_yet_and_the_error_says_so():
+    with pytest.raises(ValueError, match="accountant to be one of 'rdp', got 'pld'"):
+        epsilon((), delta=1e-5)
+
+
+@pytest.mark.parametrize("bad", [0, 1, -1e-5, 2, math.nan, math.inf])
+def test_delta_outside_the_open_unit_interval_is_refused(bad):
+    with pytest.raises(ValueError, match="0 < delta < 1"):
+        spent(run(), delta=bad)
+
+
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf])
+def test_epsilon_out_of_range_is_refused(bad):
+    with pytest.raises(ValueError, match="epsilon"):
+        delta((run(),), epsilon=bad, accountant="rdp")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mechanism": "laplace"},
+        {"sampling": "truncated_poisson"},
+        {"sampling": "fixed_without_replacement"},
+        {"relation": "replace_one"},
+        {"relation": "zero_out"},
+    ],
+)
+def test_an_event_without_a_bound_is_refused_and_not_guessed(fields):
+    with pytest.raises(ValueError, match="does not guess"):
+        spent(run(**fields))
+
+
+class TestEvents:
+    def test_equal_neighbours_merge_and_others_do_not(self):
+        a, b = run(count=1), run(2.0, count=1)
+        log = append(append(append((), a), a), b)
+        assert log == (replace(a, count=2), b)
+        assert log + (b, a) == Log([a, a, b, b, a])
+        assert (a,) + log == Log([a, a, a, b])
+        assert Log() == ()
+
+    @given(logs, logs, events)
+    def test_append_is_associative_with_addition(self, a, b, e):
+        assert append(a + b, e) == a + append(b, e)
+        assert hash(append(a, e)) == hash(append(Log(list(a)), e))
+
+    def test_a_log_holds_events_alone(self):
+        with pytest.raises(TypeError, match="StepEvents, got 3"):
+            append((), 3)  # pyright: ignore[reportArgumentType]
+
+    @pytest.mark.parametrize(
+        ("field", "bad", "kind"),
+        [
+            *[("noise_multiplier", bad, ValueError) for bad in (-1, math.nan, -math.inf)],
+            *[("sampling_prob", bad, ValueError) for bad in (-0.1, 1.1, math.nan, math.inf)],
+            *[("count", bad, TypeError) for bad in (1.5, math.nan, math.inf, True, "1")],
+            ("count", -1, ValueError),
+            ("noise_multiplier", None, TypeError),
+            ("noise_multiplier", True, TypeError),
+            ("mechanism", "gauss", ValueError),
+            ("sampling", "shuffle", ValueError),
+            ("relation", "add", ValueError),
+        ],
+    )
+    def test_bad_fields_are_refused_by_name(self, field, bad, kind):
+        with pytest.raises(kind, match=field):
+            run(**{field: bad})
+
+    def test_no_sampling_means_probability_one(self):
+        with pytest.raises(ValueError, match="sampling_prob=1 with sampling='none'"):
+            run(sampling="none")
+
+    def test_numbers_of_numpy_become_plain(self):
+        event = run(np.float32(0.5), np.float64(0.25), np.int64(3))
+        assert [type(v) for v in (event.noise_multiplier, event.sampling_prob, event.count)] == [
+            float,
+            float,
+            int,
+        ]
+
+
+class TestCalibration:
+    @given(st.floats(0.2, 20), deltas, st.floats(1e-3, 1), st.integers(1, 5000))
+    def test_noise_meets_the_target_and_a_little_less_would_not(self, target, d, prob, steps):
+        noise = calibrate_noise_multiplier(
+            target_epsilon=target, delta=d, sampling_prob=prob, num_steps=steps, accountant="rdp"
+        )
+        assert spent(run(noise, prob, steps), delta=d) <= target
+        assert spent(run(noise * (1 - 1e-4), prob, steps), delta=d) > target
+
+    def test_steps_meet_the_target_and_one_more_would_not(self):
+        steps = calibrate_num_steps(
+            target_epsilon=2.0,
+            delta=1e-5,
+            noise_multiplier=1.0,
+            sampling_prob=0.01,
+            accountant="rdp",
+        )
+        assert spent(run(count=steps)) <= 2.0 < spent(run(count=steps + 1))
+
+    def test_no_step_at_all_may_fit(self):
+        assert (
+            calibrate_num_steps(
+                target_epsilon=0.01,
+                delta=1e-9,
+                noise_multiplier=0.5,
+                sampling_prob=0.5,
+                accountant="rdp",
+            )
+            == 0
+        )
+
+    def test_sampling_meets_the_target_and_a_little_more_would_not(self):
+        prob = calibrate_sampling_prob(
+            target_epsilon=2.0, delta=1e-5, noise_multiplier=1.0, num_steps=500, accountant="rdp"
+        )
+        assert spent(run(1.0, prob, 500)) <= 2.0 < spent(run(1.0, prob * (1 + 1e-4), 500))
+
+    def test_a_target_out_of_reach_is_an_error(self):
+        with pytest.raises(ValueError, match="noise_multiplier <= 1e"):
+            calibrate_noise_multiplier(
+                target_epsilon=1e-9,
+                delta=1e-9,
+                sampling_prob=1.0,
+                num_steps=10**9,
+                accountant="rdp",
+            )
+
+    @pytest.mark.parametrize(
+        ("field", "bad"),
+        [
+            ("target_epsilon", 0),
+            ("target_epsilon", math.nan),
+            ("delta", 1),
+            ("sampling_prob", 0),
+            ("sampling_prob", 1.5),
+            ("num_steps", 0),
+        ],
+    )
+    def test_bad_input_is_refused_by_name(self, field, bad):
+        good = {"target_epsilon": 1.0, "delta": 1e-5, "sampling_prob": 0.1, "num_steps": 10}
+        with pytest.raises(ValueError, match=field):
+            calibrate_noise_multiplier(**{**good, field: bad}, accountant="rdp")

@@ -1,0 +1,252 @@
+"""The README's run, the files it leaves, and the command line around it."""
+
+import json
+import math
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from sklearn import datasets
+
+from dpfunc import Log, Statement, StepEvent, cli, digits, random, read_log, write_log
+
+EVENT = StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One real run, in a process of its own."""
+    out = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "dpfunc.cli", "train", "--seed", "1", "--out", str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return out, done.stdout, done.stderr
+
+
+def test_it_trains_to_nine_in_ten_within_the_budget(finished):
+    _, printed, _ = finished
+    accuracy = float(printed.split("test accuracy ")[1].split()[0])
+    assert accuracy >= 0.90
+    assert "(3, 1e-05)-differential privacy" in printed
+    for words in (
+        "add or remove one",
+        "Poisson sample",
+        "rdp, an upper bound",
+        "params.safetensors",
+    ):
+        assert words in printed
+    assert "tuning is not accounted" in " ".join(printed.split())
+    assert "reproducible, not private to whoever knows it" in printed
+
+
+def test_the_progress_bar_shows_epsilon_and_held_out_accuracy_and_no_training_loss(finished):
+    _, _, progress = finished
+    assert "60/60" in progress
+    assert "epsilon 3.000, validation accuracy 0.9" in progress
+    assert "loss" not in progress
+
+
+def test_it_leaves_a_log_parameters_a_statement_and_a_private_picture(finished):
+    out, _, _ = finished
+    assert sorted(p.name for p in out.iterdir()) == [
+        "log.jsonl",
+        "params.safetensors",
+        "run.PRIVATE.png",
+        "statement.txt",
+    ]
+    log = read_log(out / "log.jsonl")
+    assert sum(event.count for event in log) == 60
+    statement = Statement(log=log, delta=1e-5, released="", accountant="rdp")
+    assert 2.99 < statement.epsilon <= 3.0
+    with safe_open(out / "params.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["statement"])["epsilon"] == str(statement.epsilon)
+        weights = file.get_tensor("readout.weight")
+    assert weights.shape == (10, 384)
+    assert (out / "run.PRIVATE.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_no_key_is_in_any_file(finished):
+    out, printed, _ = finished
+    key = random.key(1)
+    raw = key.numpy().astype("<u4").tobytes()
+    for content in [*(p.read_bytes() for p in out.iterdir()), printed.encode()]:
+        assert raw not in content
+        assert raw.hex().encode() not in content
+        assert not any(str(word).encode() in content for word in key.tolist())
+
+
+def run(seed, steps=5):
+    data, settings = digits.load("digits"), digits.SETTINGS["digits"]
+    mechanism = digits.mechanism_for(data, settings, 3.0, 1e-5)
+    key = random.key(seed)
+    module = digits.Network(8, settings, random.split(key)[0])
+    iterator = digits.train(module, data, settings, mechanism, 1e-5, key)
+    return [next(iterator) for _ in range(steps)]
+
+
+@pytest.mark.uses_global_generator  # nn's own initialisation, overwritten
+def test_a_seed_reproduces_a_run_bit_for_bit_and_no_seed_is_fresh():
+    first, second, other, fresh = run(3), run(3), run(4), run(None)
+    assert all(
+        a.equal(b)
+        for a, b in zip(first[-1].params.values(), second[-1].params.values(), strict=True)
+    )
+    for different in (other, fresh):
+        assert not first[-1].params["readout.weight"].equal(different[-1].params["readout.weight"])
+    spent = [progress.epsilon for progress in first]
+    assert spent == sorted(spent)
+    assert [event.count for event in first[-1].log] == [5]
+
+
+def test_splits_are_disjoint_and_whole():
+    data = digits.load("digits")
+    assert [len(split.labels) for split in data] == [1124, 224, 449]
+    rows = torch.cat([split.images.flatten(1) for split in data]).numpy()
+    images = np.float32(datasets.load_digits(return_X_y=True)[0] / 16.0)
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, images))
+
+
+def test_mnist_takes_the_same_path(monkeypatch):
+    rng = np.random.default_rng(0)
+    fake = (rng.integers(0, 256, (1200, 784)).astype(float), rng.integers(0, 10, 1200).astype(str))
+    monkeypatch.setattr(datasets, "fetch_openml", lambda *a, **k: fake)
+    data = digits.load("mnist")
+    assert data.train.images.shape[1:] == (1, 28, 28)
+    assert float(data.train.images.max()) == 1.0
+    settings = digits.SETTINGS["mnist"]
+    mechanism = digits.mechanism_for(data, settings, 3.0, 1e-5)
+    state = torch.get_rng_state()
+    module = digits.Network(28, settings, random.key(0))
+    torch.set_rng_state(state)
+    progress = next(digits.train(module, data, settings, mechanism, 1e-5, random.key(0)))
+    assert progress.step == 1
+
+
+def test_mnist_offline_says_so_and_names_the_way_out(monkeypatch, capsys, tmp_path):
+    def offline(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets, "fetch_openml", offline)
+    assert cli.main(["train", "--data", "mnist", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "Could not download MNIST" in said
+    assert "--data digits" in said
+
+
+class TestCommandLine:
+    def test_epsilon_of_numbers_and_of_a_log_file(self, capsys, tmp_path):
+        numbers = "--noise-multiplier 1 --sampling-prob 0.01 --num-steps 1000 --delta 1e-5"
+        assert cli.main(["epsilon", *numbers.split()]) == 0
+        from_numbers = capsys.readouterr().out
+        assert float(from_numbers) == pytest.approx(2.1013, abs=1e-3)
+        write_log(tmp_path / "log.jsonl", (EVENT,))
+        assert cli.main(["epsilon", "--log", str(tmp_path / "log.jsonl"), "--delta", "1e-5"]) == 0
+        assert capsys.readouterr().out == from_numbers
+
+    def test_calibrate_prints_json_that_scripts_can_read(self, capsys):
+        words = (
+            "calibrate --target-epsilon 3 --sampling-prob 0.01 --num-steps 1000 --delta 1e-5 --json"
+        )
+        assert cli.main(words.split()) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["noise_multiplier"] == pytest.approx(0.855, abs=0.01)
+        assert answer["accountant"] == "rdp"
+
+    def test_infinity_is_valid_json(self, capsys):
+        words = "epsilon --noise-multiplier 0 --sampling-prob 1 --num-steps 1 --delta 1e-5 --json"
+        assert cli.main(words.split()) == 0
+        assert json.loads(capsys.readouterr().out)["epsilon"] == "inf"
+
+    @pytest.mark.parametrize(
+        ("words", "said", "code"),
+        [
+            ("epsilon --delta 1e-5", "either --log, or all of", 2),
+            ("epsilon --delta 1e-5 --log x --num-steps 3", "either --log, or all of", 2),
+            ("epsilon --delta 1e-5 --log /nowhere/log.jsonl", "No such file", 1),
+            (
+                "epsilon --noise-multiplier 1 --sampling-prob 7 --num-steps 1 --delta 1e-5",
+                "0 <= sampling_prob <= 1, got 7",
+                2,
+            ),
+        ],
+    )
+    def test_errors_are_one_line_and_a_code(self, words, said, code, capsys):
+        assert cli.main(words.split()) == code
+        error = capsys.readouterr().err
+        assert error.startswith("dpfunc: ")
+        assert said in error
+        assert "Traceback" not in error
+
+    def test_an_interrupt_keeps_what_ran(self, monkeypatch, capsys, tmp_path):
+        real = digits.train
+
+        def interrupted(*arguments):
+            for progress in real(*arguments):
+                if progress.step == 4:
+                    raise KeyboardInterrupt
+                yield progress
+
+        monkeypatch.setattr(digits, "train", interrupted)
+        state = torch.get_rng_state()
+        assert cli.main(["train", "--out", str(tmp_path)]) == 0
+        torch.set_rng_state(state)
+        assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 3
+        assert "Stopped" in capsys.readouterr().err
+
+
+class TestLogFile:
+    def test_what_is_written_is_read(self, tmp_path):
+        log = Log([EVENT, StepEvent(noise_multiplier=math.inf, sampling_prob=1.0, sampling="none")])
+        write_log(tmp_path / "log", log)
+        assert read_log(tmp_path / "log") == log
+        for line in (tmp_path / "log").read_text().splitlines():
+            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert [p.name for p in tmp_path.iterdir()] == ["log"]
+        assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o644
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", "begin with"),
+            ('{"dpfunc_log": 2}\n', "begin with"),
+            ('{"dpfunc_log": 1}\n{"noise_multiplier": 1}\n', "fields"),
+            ('{"dpfunc_log": 1}\nnonsense\n', "line 2"),
+            ('{"dpfunc_log": 1}\n{"noise_multiplier"', "cut off"),
+        ],
+    )
+    def test_a_damaged_or_newer_file_is_refused(self, text, said, tmp_path):
+        (tmp_path / "log").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_log(tmp_path / "log")
+
+    def test_an_unwritable_place_leaves_nothing(self, tmp_path):
+        with pytest.raises(OSError, match="No such file"):
+            write_log(tmp_path / "nowhere" / "log", (EVENT,))
+
+
+class TestStatement:
+    def test_it_says_what_it_rests_on(self):
+        said = str(Statement(log=(EVENT,), delta=1e-5, accountant="rdp", released="the weights"))
+        for words in (
+            "(2.101, 1e-05)",
+            "add or remove one example",
+            "the weights",
+            "Poisson",
+            "rdp",
+        ):
+            assert words in said
+
+    def test_it_refuses_a_bad_delta_and_an_event_it_cannot_account(self):
+        with pytest.raises(ValueError, match="delta"):
+            Statement(log=(EVENT,), delta=0, released="")
+        laplace = StepEvent(noise_multiplier=1, sampling_prob=1, mechanism="laplace")
+        with pytest.raises(ValueError, match="does not guess"):
+            str(Statement(log=(laplace,), delta=1e-5, accountant="rdp", released=""))
+
+    def test_nothing_released(self):
+        assert "(0, 1e-05)" in str(
+            Statement(log=(), delta=1e-5, accountant="rdp", released="nothing")
+        )

@@ -1,0 +1,168 @@
+"""The house: imports point down, accounting and the command line are free of torch, one wheel."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dpfunc
+
+ROOT = Path(dpfunc.__file__).parent
+FLOORS = {
+    0: {"typing", "_checks", "_chacha20"},
+    1: {"random", "trees", "events"},
+    2: {"mechanism"},
+    3: {"sampling", "gradients", "noise", "accounting"},
+    4: {"optimizers", "models"},
+    5: {"step"},
+    6: {"digits", "plots"},
+    7: {"cli", "testing"},
+}
+FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+
+def room_of(path):
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_rooms(source):
+    """Rooms that a file imports, also inside its functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.startswith("dpfunc."):
+                    yield name.name.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dpfunc":
+            assert node.level == 0
+            parts = node.module.split(".")
+            if len(parts) > 1:
+                yield parts[1]
+            else:
+                yield from (name.name for name in node.names if name.name in FLOOR)
+
+
+def violations(room, source):
+    return [
+        other for other in imported_rooms(source) if other != room and FLOOR[other] >= FLOOR[room]
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down_or_stay_in_their_room(path):
+    if path == ROOT / "__init__.py":
+        return
+    assert room_of(path) in FLOOR, "every file has a floor"
+    assert violations(room_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from dpfunc.step import make_dp_step",
+        "import dpfunc.cli",
+        "from dpfunc import optimizers",
+        "def f():\n    from dpfunc.noise import privatize",
+    ],
+)
+def test_an_upward_or_sideways_import_is_seen(source):
+    assert violations("gradients", source)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dpfunc; dpfunc.epsilon, dpfunc.StepEvent, dpfunc.calibrate_noise_multiplier",
+        "import dpfunc.accounting",
+        "import dpfunc.cli; dpfunc.cli.main(['calibrate', '--target-epsilon', '3', '--delta', '1e-5',"
+        " '--sampling-prob', '0.01', '--num-steps', '100'])",
+    ],
+)
+def test_accounting_and_the_command_line_import_no_torch(code):
+    code += "\nimport sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+
+
+def test_every_public_name_is_there_and_has_a_docstring():
+    assert dir(dpfunc) == sorted(dpfunc.__all__)
+    for name in dpfunc.__all__:
+        value = getattr(dpfunc, name)
+        assert name.startswith("__") or value.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        dpfunc.nonsense
+
+
+SECTIONS = ("Args:", "Returns:", "Guarantees:", "Raises:", "Source:", ">>>")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "append",
+        "clip_and_noise",
+        "clip_and_sum",
+        "clipped_grad",
+        "functional_loss",
+        "make_dp_step",
+        "make_train_step",
+        "per_sample_grads",
+        "poisson_batches",
+        "poisson_indices",
+        "private_grad",
+        "delta",
+        "epsilon",
+        "calibrate_noise_multiplier",
+        "calibrate_num_steps",
+        "calibrate_sampling_prob",
+        "DPSGD",
+        "StepEvent",
+        "random.key",
+        "random.split",
+        "random.fold_in",
+        "random.bits",
+        "random.uniform",
+        "random.normal",
+        "random.laplace",
+    ],
+)
+def test_docstrings_have_their_sections_in_order(name):
+    value = dpfunc
+    for part in name.split("."):
+        value = getattr(value, part)
+    text = value.__doc__
+    places = [text.find(section) for section in SECTIONS]
+    found = [place for place in places if place >= 0]
+    assert found == sorted(found)
+    assert "Guarantees:" in text
+    assert "Raises:" in text
+    assert ">>>" in text
+
+
+def test_the_wheel_holds_nothing_but_the_package(tmp_path):
+    project = ROOT.parents[1]
+    if not (project / "pyproject.toml").exists():
+        pytest.skip("runs from the source tree")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=project, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"dpfunc", f"dpfunc-{dpfunc.__version__}.dist-info"}
+    assert "dpfunc/py.typed" in names
+    metadata = (
+        zipfile.ZipFile(wheel).read(f"dpfunc-{dpfunc.__version__}.dist-info/METADATA").decode()
+    )
+    requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    core = [line for line in requirements if "extra ==" not in line]
+    assert len(core) == 5
+    assert all(">=" in line and "==" not in line for line in core)
+
+
+def test_modules_import_in_any_order():
+    for room in FLOOR:
+        if room != "plots":
+            importlib.import_module(f"dpfunc.{room}")
