@@ -37,9 +37,9 @@ def test_it_trains_to_nine_in_ten_within_the_budget(finished):
         "rdp, an upper bound",
         "params.safetensors",
     ):
-        assert words in printed
+        assert words in " ".join(printed.split())
     assert "tuning is not accounted" in " ".join(printed.split())
-    assert "reproducible, not private to whoever knows it" in printed
+    assert "reproducible, not private to whoever knows it" in " ".join(printed.split())
 
 
 def test_the_progress_bar_shows_epsilon_and_held_out_accuracy_and_no_training_loss(finished):

@@ -93,28 +93,26 @@ def _box_muller(pairs: np.ndarray, out: np.ndarray, radius: np.ndarray, angle: n
     np.multiply(angle, radius, out=sine)
 
 
-def _normal_row(key: bytes, start: int, num: int, real: np.dtype) -> np.ndarray:
+def _normal_row(key: bytes, start: int, num: int, dtype: torch.dtype) -> Tensor:
     group = 2 * LANES
     first, last = start // group, -(-(start + num) // group)
-    out = np.empty((last - first, 2, LANES), dtype=real)
-    pairs, radius, angle = _SCRATCH.arrays(real)
-    encryptor = _encryptor(key, _STREAM, first * group * real.itemsize // 64)
+    # Memory from torch: numpy asks for huge pages, which at 400 MB may take longer than the draw.
+    out = torch.empty((last - first) * group, dtype=dtype)
+    groups = out.numpy().reshape(-1, 2, LANES)
+    pairs, radius, angle = _SCRATCH.arrays(groups.dtype)
+    encryptor = _encryptor(key, _STREAM, first * group * out.itemsize // 64)
     for begin in range(0, last - first, _CHUNK):
-        chunk = out[begin : begin + _CHUNK]
+        chunk = groups[begin : begin + _CHUNK]
         n = len(chunk)
         _fill(encryptor, pairs[:n])
         _box_muller(pairs[:n], chunk, radius[:n], angle[:n])
-    return out.reshape(-1)[start - first * group :][:num]
+    return out[start - first * group :][:num]
 
 
 def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
-    real = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
     rows = _rows_as_bytes(keys)
     if num == 0 or not rows:
         return torch.empty((len(rows), num), dtype=dtype)
     if len(rows) == 1:
-        return torch.from_numpy(_normal_row(rows[0], start, num, real))[None]
-    out = np.empty((len(rows), num), dtype=real)
-    for row, key in zip(out, rows, strict=True):
-        row[:] = _normal_row(key, start, num, real)
-    return torch.from_numpy(out)
+        return _normal_row(rows[0], start, num, dtype).unsqueeze(0)
+    return torch.stack([_normal_row(row, start, num, dtype) for row in rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 
 from dpfunc import _checks
@@ -15,7 +16,7 @@ _NEIGHBOURS = {
     "zero_out": "replace one {unit} by a blank one",
 }
 _ASSUMES = {
-    "poisson": "each batch is a Poisson sample: every {unit} in or out independently, with the logged probability",
+    "poisson": "each batch is a Poisson sample: every {unit} in or out independently",
     "truncated_poisson": "each batch is a Poisson sample cut to a public size",
     "fixed_without_replacement": "each batch is a uniform subset of a fixed size",
     "none": "every step reads all the data",
@@ -66,22 +67,23 @@ class Statement:
 
     def __str__(self) -> str:
         relations = sorted({event.relation for event in self.log})
-        neighbours = ", ".join(_NEIGHBOURS[r] for r in relations) or "any two data sets"
         samplings = sorted({event.sampling for event in self.log})
-        assumes = "; ".join(_ASSUMES[s] for s in samplings) or "nothing was released"
-        steps = sum(event.count for event in self.log)
-        rows = {
-            "Guarantee": f"({self.epsilon:.4g}, {self.delta:g})-differential privacy",
-            "Neighbours": neighbours.format(unit=self.unit),
-            "Unit": f"one {self.unit}",
-            "Released": self.released,
-            "What ran": f"{steps} releases in {len(self.log)} kinds of step",
-            "Sampling": assumes.format(unit=self.unit),
-            "Accountant": f"{self.accountant}, an upper bound",
-            **{f"Not covered {n}": caveat for n, caveat in enumerate(self.caveats, 1)},
-        }
-        width = max(map(len, rows)) + 2
-        return "\n".join(f"{name + ':':<{width}}{text}" for name, text in rows.items())
+        neighbours = ", or ".join(_NEIGHBOURS[r] for r in relations) or "any two data sets"
+        assumes = "; ".join(_ASSUMES[s] for s in samplings) or "nothing was drawn"
+        rows = [
+            ("Guarantee", f"({self.epsilon:.4g}, {self.delta:g})-differential privacy"),
+            ("Neighbours", neighbours.format(unit=self.unit)),
+            ("Unit", f"one {self.unit}"),
+            ("Released", self.released),
+            ("What ran", _what_ran(self.log)),
+            ("Assumes", assumes.format(unit=self.unit)),
+            ("Accountant", f"{self.accountant}, an upper bound"),
+            *(("Not covered", caveat) for caveat in self.caveats),
+        ]
+        return "\n".join(
+            textwrap.fill(f"{name + ':':<13}{text}", width=96, subsequent_indent=" " * 13)
+            for name, text in rows
+        )
 
     def to_json(self) -> str:
         """The statement as one JSON object, its events included."""
@@ -90,3 +92,15 @@ class Statement:
         ]
         whole = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return json.dumps({**whole, "log": events, "epsilon": str(self.epsilon)}, allow_nan=False)
+
+
+def _what_ran(log: AnyLog) -> str:
+    shown = [
+        f"{event.count} steps with {event.mechanism} noise of multiplier {event.noise_multiplier:.5g} "
+        f"at sampling probability {event.sampling_prob:.5g}"
+        for event in log[:3]
+    ]
+    if len(log) > 3:
+        rest = sum(event.count for event in log[3:])
+        shown.append(f"{rest} more steps of {len(log) - 3} kinds, in the log")
+    return "; ".join(shown) or "nothing"

@@ -1,0 +1,45 @@
+"""The README's code runs, its commands answer what it says, and its run command exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpfunc import cli
+
+README = Path(__file__).parents[1] / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="runs from the source tree")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.uses_global_generator  # torch.rand and nn's own initialisation
+def test_the_code_runs_from_top_to_bottom(capsys, fresh_compiler):
+    torch.manual_seed(0)
+    namespace = {}
+    assert len(blocks("python")) >= 4
+    for block in blocks("python"):
+        exec(compile(block, str(README), "exec"), namespace)
+    assert "differential privacy" in capsys.readouterr().out
+
+
+def test_the_commands_answer_what_the_readme_says(capsys):
+    asked = 0
+    for block in blocks("console"):
+        for command, answer in re.findall(r"\$ dpfunc (.*)\n(.*)", block):
+            if "run/log.jsonl" in command:
+                continue
+            assert cli.main(shlex.split(command)) == 0
+            assert capsys.readouterr().out.strip() == answer
+            asked += 1
+    assert asked == 2
+
+
+def test_the_two_commands_are_those_of_the_dev_script():
+    commands = re.findall(r"^\$ (\./dev \w+)$", README.read_text(), re.MULTILINE)
+    assert commands == ["./dev train", "./dev test"]
+    assert "exec ./dev test" in (README.parent / ".ci" / "run").read_text()
