@@ -152,6 +152,20 @@ def test_a_rule_of_the_users_own():
     assert 0.999999 < laws.contribution_is_bounded(g, Normalise()) <= 1
 
 
+@given(strategies.clipping_cases(), st.sampled_from([1, 2]), st.floats())
+def test_a_rule_that_breaks_its_promise_is_held_to_it(case, order, factor):
+    class Broken:
+        """Whatever factor comes, NaN and infinity included, for every norm."""
+
+        sensitivity = case.l2_clip_norm
+
+        def scales(self, norms):
+            return trees.map(lambda norm: torch.full_like(norm, factor) / norm, norms)
+
+    Broken.order = order
+    laws.contribution_is_bounded(case.grads, Broken(), case.mask)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e-31, 1e31])
 def test_bad_clip_norms_are_refused_by_name(bad):
     with pytest.raises(ValueError, match="l2_clip_norm"):

@@ -1,9 +1,12 @@
-"""The README's code runs, its commands answer what it says, and its run command exists."""
+"""The README's and the notebooks' code runs, and the commands answer what the README says."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot
 import pytest
 import torch
 
@@ -43,3 +46,18 @@ def test_the_two_commands_are_those_of_the_dev_script():
     commands = re.findall(r"^\$ (\./dev \w+)$", README.read_text(), re.MULTILINE)
     assert commands == ["./dev train", "./dev test"]
     assert "exec ./dev test" in (README.parent / ".ci" / "run").read_text()
+
+
+@pytest.mark.uses_global_generator  # nn's own initialisation
+@pytest.mark.parametrize(
+    "path", sorted(README.parent.glob("notebooks/*.ipynb")), ids=lambda p: p.name
+)
+def test_notebooks_hold_no_output_and_run(path):
+    matplotlib.use("Agg")
+    namespace = {}
+    cells = json.loads(path.read_text())["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
+    matplotlib.pyplot.close("all")

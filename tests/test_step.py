@@ -264,6 +264,18 @@ def test_half_precision_parameters_stay_in_their_format():
     assert all(v.dtype == torch.float32 for v in state.optimizer.values())
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rule_without_a_usable_sensitivity_is_refused(bad):
+    class Rule:
+        sensitivity, order = bad, 2
+
+        def scales(self, norms):
+            return norms
+
+    with pytest.raises(ValueError, match="sensitivity"):
+        replace(MECHANISM, clipping=Rule())
+
+
 def test_keys_show_in_no_record():
     words = {str(w) for w in KEY.tolist()}
     init, _ = make_train_step(loss, MECHANISM, optimizers.sgd(0.5, momentum=0.9))

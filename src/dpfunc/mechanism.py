@@ -51,7 +51,9 @@ class DPSGD:
     relation: str = "add_or_remove_one"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.clipping, ClippingRule):
+        if isinstance(self.clipping, ClippingRule):
+            check_sensitivity(sensitivity=self.clipping.sensitivity)
+        else:
             object.__setattr__(self, "clipping", check_sensitivity(l2_clip_norm=self.clipping))
         number = _checks.finite_non_negative(
             "A tensor goes to the step, as its fourth argument.",

@@ -7,10 +7,12 @@ for float32, to which shorter formats are raised; 2**-53 for float64) and v = 2*
    underflows (a float64 leaf is divided by its largest entry first). n - 1 additions in any order
    lose at most a factor (1 - v)**(n - 1), and the root, the scaling and the rule's own arithmetic a
    few more. Norms are therefore raised by the factor 1 + 2 (n + 64) v: upper bounds.
-2. A rule promises scale * norm <= sensitivity for those upper bounds. A scale of exactly 1 leaves the
-   gradient as it is: nothing is rounded. Any other is lowered by the factor 1 - 8 u: one u is spent
-   when the scale is rounded to the format, one when each product is, and what is left is far above
-   the absolute error of products that are subnormal, since the sensitivity is at least 1e-30.
+2. A rule promises scale * norm <= sensitivity for those upper bounds; scales that break the promise
+   are shrunk until they keep it, so a mistake in a rule costs utility and not privacy. A scale of
+   exactly 1 leaves the gradient as it is: nothing is rounded. Any other is lowered by the factor
+   1 - 8 u: one u is spent when the scale is rounded to the format, one when each product is, and
+   what is left is far above the absolute error of products that are subnormal, since the
+   sensitivity is at least 1e-30.
    A scale that is itself subnormal in the format would round coarsely, so it becomes 0.
 3. Rows that are masked or whose norm is not finite are replaced, not multiplied: 0 times NaN is NaN.
 """
@@ -109,7 +111,8 @@ def clip_and_sum(
 
     Guarantees:
         Each example contributes a vector of norm at most the sensitivity, after rounding, in every
-        float dtype and for any input. (The proof stands at the top of this file.)
+        float dtype, for any input and whatever scales a rule of your own returns. (The proof stands
+        at the top of this file.)
         An example that is masked, or whose gradient is not finite, contributes exactly 0.
         B = 0 gives zeros. grads are unchanged. Nothing raises or branches on values.
         Adding the contributions up in floating point moves the sum by at most B * u * B times the
@@ -134,7 +137,8 @@ def clip_and_sum(
     norms = trees.map(lambda leaf: _norm_bound(leaf, rule.order, size), grads)
     total = trees.root_sum_squares(trees.leaves(norms))
     keep = total.isfinite() if mask is None else total.isfinite() & mask
-    scales = rule.scales(trees.map(lambda norm: torch.where(keep, norm, 0.0), norms))
+    norms = trees.map(lambda norm: torch.where(keep, norm, 0.0), norms)
+    scales = _kept_to_promise(rule, norms, rule.scales(norms))
     summed = trees.map(lambda leaf, scale: _scaled(leaf, scale, keep).sum(0), grads, scales)
     return Clipped(summed, total if mask is None else torch.where(mask, total, 0.0))
 
@@ -162,6 +166,15 @@ def _norm_bound(leaf: Tensor, order: int, size: int) -> Tensor:
         flat = flat / unit.unsqueeze(1)
     norm = torch.linalg.vector_norm(flat, ord=order, dim=1, dtype=torch.float64)
     return norm * unit * (1.0 + 2 * (size + 64) * _DOUBLE_ROUNDOFF)
+
+
+def _kept_to_promise(rule: ClippingRule, norms: Tree, scales: Tree) -> Tree:
+    """Scales that are finite, not negative, and keep scale * norm within the sensitivity."""
+    scales = trees.map(lambda s: torch.where(s.isfinite() & (s > 0), s, 0.0), scales)
+    products = trees.leaves(trees.map(torch.mul, scales, norms))
+    total = torch.stack(products).sum(0) if rule.order == 1 else trees.root_sum_squares(products)
+    shrink = torch.where(total > rule.sensitivity, rule.sensitivity / total, 1.0)
+    return trees.map(lambda s: s * shrink, scales)
 
 
 def _scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:

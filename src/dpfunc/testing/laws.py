@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,15 +12,22 @@ from dpfunc.gradients import clip_and_sum
 from dpfunc.typing import ClippingRule, Tree
 
 
-def exact_norm(tree: Tree) -> float:
-    """The L2 norm over all leaves, with one rounding: summed by `math.fsum` in float64."""
-    values = list(
-        chain.from_iterable(leaf.double().flatten().tolist() for leaf in trees.leaves(tree))
-    )
+def exact_norm(tree: Tree, order: int = 2) -> float:
+    """The L2 (or L1) norm over all leaves, with one rounding: summed by `math.fsum` in float64."""
+    values = [v for leaf in trees.leaves(tree) for v in leaf.double().flatten().tolist()]
     largest = max(map(abs, values), default=0.0)
     if largest == 0.0 or not math.isfinite(largest):
         return largest
+    if order == 1:
+        return math.fsum(map(abs, values))
     return largest * math.sqrt(math.fsum((v / largest) ** 2 for v in values))
+
+
+def _promise(clipping: float | ClippingRule) -> tuple[float, int]:
+    """The sensitivity, and the order of the norm it is measured in."""
+    if isinstance(clipping, ClippingRule):
+        return clipping.sensitivity, clipping.order
+    return float(clipping), 2
 
 
 def contribution(grads: Tree, row: int, clipping: float | ClippingRule) -> Tree:
@@ -36,11 +42,11 @@ def contribution_is_bounded(
 
     Returns the largest ratio of norm to sensitivity that was seen.
     """
-    sensitivity = clipping.sensitivity if isinstance(clipping, ClippingRule) else float(clipping)
+    sensitivity, order = _promise(clipping)
     worst = 0.0
     for row in range(trees.batch_size(grads, "grads")):
         added = contribution(grads, row, clipping)
-        norm = exact_norm(added)
+        norm = exact_norm(added, order)
         if not norm <= sensitivity:
             raise AssertionError(
                 f"example {row} contributes a vector of norm {norm!r}, above the sensitivity "
@@ -56,7 +62,7 @@ def contribution_is_bounded(
 
 def neighbours_are_close(grads: Tree, clipping: float | ClippingRule) -> None:
     """Removing any one example moves the sum by the sensitivity, plus what summation rounds."""
-    sensitivity = clipping.sensitivity if isinstance(clipping, ClippingRule) else float(clipping)
+    sensitivity, order = _promise(clipping)
     num = trees.batch_size(grads, "grads")
     roundoff = 2.0**-24  # the sum is in float32 at least
     most = sensitivity * (1 + roundoff * num * num) * (1 + 1e-12)
@@ -64,7 +70,7 @@ def neighbours_are_close(grads: Tree, clipping: float | ClippingRule) -> None:
     for row in range(num):
         mask = torch.arange(num) != row
         without = clip_and_sum(grads, clipping, mask=mask).sum
-        moved = exact_norm(trees.map(lambda a, b: a.double() - b.double(), whole, without))
+        moved = exact_norm(trees.map(lambda a, b: a.double() - b.double(), whole, without), order)
         if not moved <= most:
             raise AssertionError(
                 f"removing example {row} moves the sum by {moved!r}, above {most!r}"
