@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         make_train_step,
         private_grad,
     )
+    from dpfunc.typing import ClippingRule
 
 _ROOMS = {
     "accounting": (
@@ -53,6 +54,7 @@ _ROOMS = {
     "mechanism": "DPSGD",
     "models": "functional_loss",
     "sampling": "Batch poisson_batches poisson_indices",
+    "typing": "ClippingRule",
     "step": "PartialEvent TrainState clip_and_noise make_dp_step make_train_step private_grad",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
@@ -63,6 +65,7 @@ __all__ = [
     "Batch",
     "Clipped",
     "ClippedWithAux",
+    "ClippingRule",
     "FlatClipping",
     "Log",
     "PartialEvent",

@@ -15,6 +15,7 @@ from dpfunc.accounting import (
     epsilon,
     read_log,
 )
+from dpfunc.accounting.statement import round_up
 from dpfunc.events import StepEvent
 
 
@@ -105,7 +106,7 @@ def _print(options: argparse.Namespace, name: str, value: float) -> None:
         shown = value if value < float("inf") else "inf"  # JSON has no infinity
         print(json.dumps({name: shown, "delta": options.delta, "accountant": options.accountant}))
     else:
-        print(f"{value:.6g}")
+        print(round_up(value, 6))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -62,6 +62,8 @@ class StepEvent:
         put("noise_multiplier", _checks.non_negative(noise_multiplier=self.noise_multiplier))
         put("sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
         put("count", _checks.integer(at_least=0, count=self.count))
+        if self.count >= 2**63:
+            raise ValueError(f"Expected count < 2**63, got {self.count}.")
         _checks.choice(MECHANISMS, mechanism=self.mechanism)
         _checks.choice(SAMPLINGS, sampling=self.sampling)
         _checks.choice(RELATIONS, relation=self.relation)
@@ -81,6 +83,8 @@ class Log(tuple[StepEvent, ...]):
     __slots__ = ()
 
     def __new__(cls, events: Iterable[StepEvent] = ()) -> Log:
+        if isinstance(events, StepEvent):
+            raise TypeError("Expected a log, got one StepEvent. Write (event,) for a log of one.")
         runs: list[StepEvent] = []
         for event in events:
             if not isinstance(event, StepEvent):

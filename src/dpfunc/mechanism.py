@@ -11,6 +11,8 @@ from dpfunc.typing import ClippingRule
 MIN_SENSITIVITY, MAX_SENSITIVITY = 1e-30, 1e30
 """Clip norms outside this range would meet the ends of float32, where rounding is no longer relative."""
 
+OR_A_RULE = "Or pass a clipping rule: an object with sensitivity, order and scales(norms)."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DPSGD:
@@ -52,14 +54,23 @@ class DPSGD:
 
     def __post_init__(self) -> None:
         if isinstance(self.clipping, ClippingRule):
-            check_sensitivity(sensitivity=self.clipping.sensitivity)
+            check_rule(self.clipping)
         else:
-            object.__setattr__(self, "clipping", check_sensitivity(l2_clip_norm=self.clipping))
+            object.__setattr__(
+                self, "clipping", check_sensitivity(OR_A_RULE, l2_clip_norm=self.clipping)
+            )
         number = _checks.finite_non_negative(
-            "A tensor goes to the step, as its fourth argument.",
+            "A multiplier that is a tensor goes to the step, as its fourth argument."
+            if hasattr(self.noise_multiplier, "requires_grad")
+            else "",
             noise_multiplier=self.noise_multiplier,
         )
         object.__setattr__(self, "noise_multiplier", number)
+        if 0.0 < number * self.sensitivity < MIN_SENSITIVITY:
+            raise ValueError(
+                f"Expected noise_multiplier * sensitivity to be 0 or at least {MIN_SENSITIVITY}, got "
+                f"{number * self.sensitivity:g}: float32 would lose the noise. Rescale the loss."
+            )
         size = _checks.positive(expected_batch_size=self.expected_batch_size)
         object.__setattr__(self, "expected_batch_size", size)
         _checks.choice(("gaussian",), mechanism=self.mechanism)
@@ -100,3 +111,20 @@ def check_sensitivity(advice: str = "", /, **named: float) -> float:
             f"Expected {MIN_SENSITIVITY} <= {name} <= {MAX_SENSITIVITY}, got {value!r}. Rescale the loss."
         )
     return number
+
+
+def check_rule(rule: ClippingRule) -> ClippingRule:
+    """A rule whose sensitivity is a usable number, in a norm that noise can be scaled to."""
+    check_sensitivity(sensitivity=rule.sensitivity)
+    if isinstance(rule.order, bool) or rule.order not in (1, 2):
+        raise ValueError(f"Expected order of a clipping rule to be 1 or 2, got {rule.order!r}.")
+    return rule
+
+
+def check_mechanism(mechanism: DPSGD) -> None:
+    """A DPSGD, and not what stands beside it in most signatures."""
+    if not isinstance(mechanism, DPSGD):
+        raise TypeError(
+            f"Expected mechanism to be a dpfunc.DPSGD, got {type(mechanism).__name__}. "
+            "Are the arguments in order?"
+        )

@@ -81,7 +81,7 @@ def adam(
 
     Args:
         learning_rate: step size, > 0.
-        b1, b2: decay of the first and second moment, in [0, 1].
+        b1, b2: decay of the first and second moment, in [0, 1).
         stabilizer: added to the root of the second moment, > 0 (torch calls it eps).
 
     Guarantees:
@@ -98,10 +98,12 @@ def adam(
     """
     _checks.positive(learning_rate=learning_rate)
     _checks.positive(stabilizer=stabilizer)
-    _checks.probability(b1=b1)
-    _checks.probability(b2=b2)
+    for name, decay in {"b1": b1, "b2": b2}.items():
+        if _checks.probability(**{name: decay}) == 1.0:
+            raise ValueError(f"Expected 0 <= {name} < 1, got {decay!r}.")
 
     def init(params: Params) -> AdamState:
+        trees.check_floating(params, "params", "")
         zeros = trees.map(lambda p: torch.zeros_like(p, dtype=_at_least_float32(p)), params)
         device = trees.leaves(params)[0].device
         return AdamState(torch.zeros((), dtype=torch.int64, device=device), zeros, zeros)

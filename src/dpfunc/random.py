@@ -60,7 +60,7 @@ def key(seed: int | None = None, *, device: torch.device | str | None = None) ->
     Raises:
         TypeError: seed is not an int.
 
-    Source: SHA-256 of the seed's decimal digits, under a prefix of this library's own.
+    Source: SHA-256 of the seed's hexadecimal digits, under a prefix of this library's own.
 
     >>> key(0).shape, key(0).equal(key(2**64))
     (torch.Size([8]), False)
@@ -70,7 +70,7 @@ def key(seed: int | None = None, *, device: torch.device | str | None = None) ->
     else:
         if isinstance(seed, bool) or not hasattr(seed, "__index__"):
             raise TypeError(f"Expected seed to be an int or None, got {type(seed).__name__}.")
-        raw = hashlib.sha256(b"dpfunc key 1:%d" % operator.index(seed)).digest()
+        raw = hashlib.sha256(f"dpfunc key 1:{operator.index(seed):x}".encode()).digest()
     return torch.from_numpy(np.frombuffer(raw, dtype="<u4").astype(np.int64)).to(device)
 
 
@@ -125,6 +125,8 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     >>> fold_in(key(0), 7).equal(fold_in(key(0), torch.tensor(7)))
     True
     """
+    if not isinstance(data, (Tensor, int)) and not hasattr(data, "__index__"):
+        raise TypeError(f"Expected data to be an int or a 0-d int tensor, got {data!r}.")
     if isinstance(data, Tensor) and data.ndim != 0:
         raise ValueError(
             f"Expected data to be an int or a 0-d tensor, got shape {tuple(data.shape)}."
@@ -219,7 +221,7 @@ def normal(
         Tensor of `shape` and `dtype` on the key's device.
 
     Guarantees:
-        The radius has 32 (64) random bits: the tail runs to 6.66 (9.41) standard deviations.
+        The radius has 31 (63) random bits and the angle 32 (64): the tail runs to 6.66 (9.41) standard deviations.
         A slice drawn by its offset equals the slice of the whole.
         Eager and compiled give the same bits on CPU. Devices share the words; the elementary
         functions may differ in the last bits.
@@ -279,17 +281,19 @@ def laplace(
 
 
 def _row(key: Key) -> Tensor:
-    if not isinstance(key, Tensor) or key.shape != (8,) or not _is_integer(key):
+    check_key(key)
+    return key.unsqueeze(0)
+
+
+def check_key(key: Key) -> None:
+    """A tensor of 8 words, in a format that holds 32 bits of each."""
+    words_of = (torch.int64, torch.int32, torch.uint32)
+    if not isinstance(key, Tensor) or key.shape != (8,) or key.dtype not in words_of:
         got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else type(key)
         raise ValueError(
             f"Expected key to be an integer tensor of shape (8,), got {got}. "
             "Make one with dpfunc.random.key(); to map over keys, use vmap."
         )
-    return key.unsqueeze(0)
-
-
-def _is_integer(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def _unsigned(stream: Tensor) -> Tensor:
@@ -304,7 +308,7 @@ def _stream(key: Key, tag: int, start: int, num: int) -> Tensor:
 def _numbers(data: int | Sequence[int] | Tensor) -> Tensor:
     """Integers as an int64 tensor of their own shape."""
     if isinstance(data, Tensor):
-        if not _is_integer(data):
+        if data.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(
                 f"Expected data to be an int or a 0-d int tensor, got dtype {data.dtype}."
             )
@@ -327,9 +331,11 @@ def _wide(dtype: torch.dtype) -> bool:
 
 
 def _size(shape: Sequence[int], offset: int, words_per_element: int, group: int = 1) -> int:
+    if isinstance(shape, int) or any(n < 0 for n in shape):
+        raise ValueError(f"Expected shape to be a sequence of sizes >= 0, got {shape!r}.")
+    if isinstance(offset, float) or offset < 0:
+        raise ValueError(f"Expected offset to be a whole number >= 0, got {offset!r}.")
     num = math.prod(shape)
-    if offset < 0:
-        raise ValueError(f"Expected offset >= 0, got {offset}.")
     if -(-(offset + num) // group) * group * words_per_element > MAX_WORDS:
         raise ValueError(
             f"Expected at most 2**36 words of one key, got shape {tuple(shape)} at offset {offset}. "

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from dpfunc import random, trees
 from dpfunc.events import StepEvent
 from dpfunc.gradients import clip_and_sum, clipped_grad
-from dpfunc.mechanism import DPSGD
+from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.noise import privatize
 from dpfunc.optimizers import Optimizer, apply_updates
 from dpfunc.sampling import Batch
@@ -70,6 +70,7 @@ def clip_and_noise(grads: Tree, key: Key, mechanism: DPSGD, *, mask: Tensor | No
     >>> clip_and_noise({"w": torch.ones(3, 4)}, random.key(0), mechanism)["w"].shape
     torch.Size([4])
     """
+    check_mechanism(mechanism)
     total = clip_and_sum(grads, mechanism.clipping, mask=mask).sum
     return privatize(total, key, mechanism)
 
@@ -99,10 +100,13 @@ def private_grad(
         Pure: the same bits for the same arguments, arguments unchanged, no global generator used
         (with randomness="error").
         Noise, per-example keys and the sampler draw on distinct words of one run key, at every step.
+        Noise is a function of (key, step, leaf path): one (key, step) is one release. A second loss,
+        model or set of parameters under the same two shares its noise, and the difference of the
+        two has none: give it a key of its own, `fold_in(key, i)`, and log it.
         Nothing raises or changes shape because of the data's values.
 
     Raises:
-        TypeError: batch is not a Batch. Others as `clipped_grad`.
+        TypeError: batch is not a Batch, or mechanism is not a DPSGD. Others as `clipped_grad`.
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
 
@@ -112,6 +116,7 @@ def private_grad(
     >>> private_grad(lambda w, x: w @ x, mechanism)(torch.zeros(3), batch, random.key(0)).shape
     torch.Size([3])
     """
+    check_mechanism(mechanism)
     clipped = clipped_grad(
         loss,
         mechanism.clipping,
@@ -126,6 +131,8 @@ def private_grad(
             raise TypeError(
                 f"Expected batch to be a dpfunc.Batch(data, mask, step), got {type(batch).__name__}."
             )
+        if not isinstance(batch.step, (int, Tensor)):
+            raise TypeError(f"Expected batch.step to be a 0-d int tensor, got {batch.step!r}.")
         loss_key = random.derive(key, random.LOSS, batch.step) if has_key else None
         total = clipped(params, batch.data, mask=batch.mask, key=loss_key).sum
         noise_key = random.derive(key, random.NOISE, batch.step)
@@ -147,14 +154,18 @@ def make_dp_step(
 
     Returns:
         `dp_step(params, batch, key, noise_multiplier=None) -> (params, event)`. Pass the run's key,
-        the same every time: the step folds in `batch.step`. Append the event to the log. With a
+        the same every time: the step folds in `batch.step`, and one (key, step) is one release
+        (see `private_grad`). Append the event to the log. With a
         noise_multiplier (a 0-d tensor) it is a PartialEvent, which a log refuses until the caller,
         who knows the number, has completed it.
 
     Guarantees:
         Those of `private_grad`. `torch.compile(dp_step, fullgraph=True)` takes it whole, one graph
         for each padded size; compiled equals eager up to rounding.
-        `vmap` over keys, parameters and noise multipliers works.
+        `vmap` over keys, parameters and noise multipliers works. Map over keys too: two multipliers
+        under one key share their noise, and the sum without noise is their combination. Replicas on
+        one batch are queries on one draw: if more than one is released, or the best of them, they
+        are one event with noise multiplier (sum of multiplier**-2) ** -1/2.
 
     Raises:
         ValueError, TypeError: as `private_grad`.
@@ -175,7 +186,10 @@ def make_dp_step(
     def dp_step(
         params: Params, batch: Batch, key: Key, noise_multiplier: Tensor | None = None
     ) -> tuple[Params, StepEvent | PartialEvent]:
+        params = trees.map(Tensor.detach, params)  # or a graph would grow from step to step
         stepped = update(params, gradient(params, batch, key, noise_multiplier))
+        if stepped is None:
+            raise TypeError("Expected update to return the new params, got None.")
         return stepped, event if noise_multiplier is None else partial
 
     return dp_step
@@ -219,6 +233,14 @@ def make_train_step(
     torch.Size([3])
     """
 
+    if isinstance(optimizer, type) or not all(
+        callable(getattr(optimizer, name, None)) for name in ("init", "update")
+    ):
+        raise TypeError(
+            f"Expected optimizer to be an (init, update) pair, got {optimizer!r}. "
+            "Make one with dpfunc.optimizers, such as sgd(0.1)."
+        )
+
     def update(state: TrainState, grads: Tree) -> TrainState:
         updates, inner = optimizer.update(grads, state.optimizer, state.params)
         return TrainState(apply_updates(state.params, updates), inner)
@@ -227,12 +249,17 @@ def make_train_step(
     event, partial = mechanism.event(), PartialEvent(mechanism)
 
     def init(params: Params) -> TrainState:
+        trees.check_floating(params, "params", "Integers have no gradient.")
         params = trees.map(Tensor.detach, params)
         return TrainState(params, optimizer.init(params))
 
     def step(
         state: TrainState, batch: Batch, key: Key, noise_multiplier: Tensor | None = None
     ) -> tuple[TrainState, StepEvent | PartialEvent]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"Expected state to be what init(params) made, got {type(state).__name__}."
+            )
         stepped = update(state, gradient(state.params, batch, key, noise_multiplier))
         return stepped, event if noise_multiplier is None else partial
 

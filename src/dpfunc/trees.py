@@ -20,13 +20,14 @@ map: Callable[..., Any] = optree.tree_map
 leaves: Callable[..., list[Any]] = optree.tree_leaves
 
 
-def named_leaves(tree: Tree, name: str) -> dict[str, Tensor]:
-    """Leaves by printable path, every one checked to be a tensor."""
-    paths, values, _ = optree.tree_flatten_with_path(tree)
-    found = {
-        name + "".join(f"[{entry!r}]" for entry in p): v for p, v in zip(paths, values, strict=True)
-    }
-    for path, leaf in found.items():
+def named_leaves(tree: Tree, name: str) -> list[tuple[str, Tensor]]:
+    """Leaves with their printable paths, every one checked to be a tensor."""
+    paths, values, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)
+    found = [
+        (name + "".join(f"[{entry!r}]" for entry in path), leaf)
+        for path, leaf in zip(paths, values, strict=True)
+    ]
+    for path, leaf in found:
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"Expected every leaf of {name} to be a tensor, got {type(leaf).__name__} at {path}."
@@ -39,18 +40,19 @@ def batch_size(tree: Tree, name: str) -> int:
     found = named_leaves(tree, name)
     if not found:
         raise ValueError(f"Expected {name} to hold at least one tensor, got an empty tree.")
-    for path, leaf in found.items():
+    for path, leaf in found:
         if leaf.ndim == 0:
             raise ValueError(
                 f"Expected every leaf of {name} to have a leading batch axis, got a 0-d tensor at {path}."
             )
-    sizes = {path: leaf.shape[0] for path, leaf in found.items()}
-    if len(set(sizes.values())) > 1:
+    sizes = {leaf.shape[0] for _, leaf in found}
+    if len(sizes) > 1:
         raise ValueError(
-            f"Expected every leaf of {name} to have the same leading (batch) axis, got {sizes}. "
+            f"Expected every leaf of {name} to have the same leading (batch) axis, got "
+            f"{', '.join(f'{leaf.shape[0]} at {path}' for path, leaf in found)}. "
             "Did a loss average over the batch, or is one leaf not batched?"
         )
-    return next(iter(sizes.values()))
+    return found[0][1].shape[0]
 
 
 def check_floating(tree: Tree, name: str, advice: str) -> None:
@@ -58,7 +60,7 @@ def check_floating(tree: Tree, name: str, advice: str) -> None:
     found = named_leaves(tree, name)
     if not found:
         raise ValueError(f"Expected {name} to hold at least one tensor, got an empty tree.")
-    for path, leaf in found.items():
+    for path, leaf in found:
         if not leaf.is_floating_point():
             raise TypeError(
                 f"Expected every leaf of {name} to be floating point, got {leaf.dtype} at {path}. {advice}"

@@ -23,12 +23,13 @@ Update: TypeAlias = "Callable[[Params, Tree], Params]"
 
 @runtime_checkable
 class ClippingRule(Protocol):
-    """What decides how much each example's gradient shrinks: norms in, scales out.
+    """What decides how much one example's gradient shrinks: norms in, scales out.
 
-    `scales` is pure, takes the pytree of per-leaf norms (each `(B,)`, float64, an upper bound on
-    the true norm) and returns the pytree of per-leaf scales, each `(B,)`. The promise that privacy
-    rests on: for all norms, the vector of `scale * norm` over the leaves has L2 norm (L1 norm where
-    `order` is 1) at most `sensitivity`.
+    `scales` is pure. It takes the pytree of one example's norms, a 0-d float64 tensor for each leaf of
+    the parameters, an upper bound on the true norm, and returns a pytree of the same structure
+    with a 0-d scale for each. It is mapped over the batch: it never sees another example. The
+    promise: the vector of `scale * norm` over the leaves has L2 norm (L1 norm where `order` is 1)
+    at most `sensitivity`.
     """
 
     @property

@@ -79,10 +79,10 @@ def calibrate_num_steps(
         accountant: as for `epsilon`.
 
     Returns:
-        The largest number of steps, at most 2**50, whose epsilon is at most target_epsilon.
+        The largest number of steps, at most 2**50 - 1, whose epsilon is at most target_epsilon.
 
     Guarantees:
-        The epsilon of the result never exceeds the target; one step more would.
+        The epsilon of the result never exceeds the target; below 2**50 - 1, one step more would.
 
     Raises:
         ValueError: a number out of range.

@@ -15,7 +15,7 @@ def epsilon(log: AnyLog, *, delta: float, accountant: str = "pld") -> float:
     Args:
         log: what ran; `()` is nothing.
         delta: in (0, 1).
-        accountant: "rdp".
+        accountant: "rdp". (The default, "pld", is not there yet, and the error says so.)
 
     Returns:
         A number in [0, inf]: an upper bound.

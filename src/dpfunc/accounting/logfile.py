@@ -29,7 +29,7 @@ def write_log(path: str | os.PathLike[str], log: AnyLog) -> None:
         OSError: the folder does not exist or cannot be written.
     """
     lines = [json.dumps({"dpfunc_log": FORMAT})]
-    lines += [json.dumps(_to_json(event), allow_nan=False) for event in Log(log)]
+    lines += [json.dumps(event_to_json(event), allow_nan=False) for event in Log(log)]
     replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
@@ -61,6 +61,8 @@ def read_log(path: str | os.PathLike[str]) -> Log:
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Put content at path through a rename, so that no reader ever sees half of it."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Expected a folder at {path.parent}, found none.")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -74,7 +76,8 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def _to_json(event: StepEvent) -> dict[str, Any]:
+def event_to_json(event: StepEvent) -> dict[str, Any]:
+    """An event as JSON can hold it."""
     # JSON has no infinity; the string reads back through float().
     return {k: "inf" if v == math.inf else v for k, v in asdict(event).items()}
 

@@ -52,9 +52,13 @@ def rdp(event: StepEvent, orders: Sequence[float] = ORDERS) -> NDArray[np.float6
     array([0.25, 0.5 ])
     """
     _refuse_unknown(event)
+    if not orders:
+        raise ValueError("Expected at least one order, got none.")
     for order in orders:
-        if not order > 1.0:
+        if not 1.0 < order < math.inf:
             raise ValueError(f"Expected orders above 1, got {order!r}.")
+    if event.count == 0:
+        return np.zeros(len(orders))
     return _one_release(event.noise_multiplier, event.sampling_prob, tuple(orders)) * event.count
 
 
@@ -106,6 +110,8 @@ def _best(
 ) -> tuple[float, float]:
     """The least bound over the orders, and the order that has it."""
     log = Log(log)
+    if orders is not None and not len(orders):
+        raise ValueError("Expected at least one order, got none.")
     order = np.asarray(ORDERS if orders is None else orders, dtype=np.float64)
     total = _total(log, order)
     if not total.any():
@@ -154,7 +160,7 @@ def _one_release(noise: float, prob: float, orders: tuple[float, ...]) -> NDArra
     if noise == 0.0:
         return np.full_like(order, math.inf)
     if prob == 1.0:
-        return order / (2 * noise**2)
+        return np.nextafter(order / 2 / noise / noise, math.inf)
     return np.array([_subsampled(noise, prob, a) for a in orders])
 
 
@@ -164,9 +170,12 @@ def _subsampled(noise: float, prob: float, order: float) -> float:
     if (high - low) / step > _MOST_NODES:
         return math.inf
     x = np.arange(low, high + step, step)
-    y = x / noise - 1 / (2 * noise**2)
+    y = x / noise - 0.5 / noise / noise
     log_weight = math.log(step / math.sqrt(2 * math.pi)) - x**2 / 2
-    power = order * np.logaddexp(math.log1p(-prob), math.log(prob) + y)  # order * log(1 + w)
+    w = prob * np.expm1(np.minimum(y, 30.0))
+    exact = y < 30.0  # beyond, 1 is lost beside e^y and e^y may be beyond float64
+    beyond = np.logaddexp(math.log1p(-prob), math.log(prob) + y)
+    power = order * np.where(exact, np.log1p(w), beyond)  # order * log(1 + w)
     # Rounding is outward: a few units in the last place of the largest term that was summed.
     term = power + log_weight
     top = term.max()
@@ -175,13 +184,27 @@ def _subsampled(noise: float, prob: float, order: float) -> float:
         # Close to 1 the digits are in A - 1. Where the power is large (and its weight is tiny) the
         # product is formed before the difference is taken: exp(power) alone would overflow.
         weight = np.exp(log_weight)
-        first_order = order * prob * (np.exp(log_weight + y) - weight)  # weight * order * w
+        linear = order * np.where(
+            exact, w * weight, prob * np.exp(log_weight + np.maximum(y, 30.0))
+        )
         small = np.expm1(np.minimum(power, 1.0)) * weight
-        whole = np.where(power < 1.0, small, np.exp(term) - weight)
-        rounding = _ROUNDING * (np.abs(whole) + np.abs(first_order))
-        log_moment = math.log1p(math.fsum(whole - first_order + rounding))
+        whole = np.where(power < 1.0, small, np.exp(np.where(power < 1.0, 0.0, term)) - weight)
+        rounding = _ROUNDING * (np.abs(whole) + np.abs(linear))
+        tiny = np.abs(order * w) < 1e-3
+        excess = np.where(
+            tiny, _binomial_tail(order, np.where(tiny, w, 0.0)) * weight, whole - linear + rounding
+        )
+        log_moment = math.log1p(math.fsum(excess)) * (1 + _ROUNDING)
     if math.isnan(log_moment):
         raise FloatingPointError(
             f"Renyi divergence at {noise=}, {prob=}, {order=} is not a number."
         )
-    return max(0.0, log_moment) / (order - 1)
+    return math.nextafter(max(0.0, log_moment) / (order - 1), math.inf)
+
+
+def _binomial_tail(order: float, w: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(1 + w)^order - 1 - order w where |order w| < 1e-3, by its series: no digit cancels."""
+    inner = np.ones_like(w)
+    for k in (6, 5, 4, 3):  # what is left out is below (1e-3)^5 / 7! of what is kept
+        inner = 1 + (order - k + 1) / k * w * inner
+    return order * (order - 1) / 2 * w**2 * inner

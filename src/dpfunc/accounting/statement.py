@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import decimal
 import json
+import math
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from dpfunc import _checks
 from dpfunc.accounting.epsilon import epsilon
+from dpfunc.accounting.logfile import event_to_json
 from dpfunc.events import AnyLog, Log
 
 _NEIGHBOURS = {
@@ -31,7 +34,7 @@ class Statement:
         log: what ran.
         delta: in (0, 1).
         accountant: as for `epsilon`.
-        unit: what one example is: whose presence is protected.
+        unit: what one example is, without an article: whose presence is protected.
         released: what leaves the run.
         caveats: sentences on what is not covered.
 
@@ -60,6 +63,8 @@ class Statement:
     def __post_init__(self) -> None:
         object.__setattr__(self, "log", Log(self.log))
         _checks.open_unit(delta=self.delta)
+        if isinstance(self.caveats, str):
+            raise TypeError("Expected caveats to be a tuple of sentences, got one string.")
 
     @property
     def epsilon(self) -> float:
@@ -71,7 +76,7 @@ class Statement:
         neighbours = ", or ".join(_NEIGHBOURS[r] for r in relations) or "any two data sets"
         assumes = "; ".join(_ASSUMES[s] for s in samplings) or "nothing was drawn"
         rows = [
-            ("Guarantee", f"({self.epsilon:.4g}, {self.delta:g})-differential privacy"),
+            ("Guarantee", f"({round_up(self.epsilon, 4)}, {self.delta:g})-differential privacy"),
             ("Neighbours", neighbours.format(unit=self.unit)),
             ("Unit", f"one {self.unit}"),
             ("Released", self.released),
@@ -87,11 +92,10 @@ class Statement:
 
     def to_json(self) -> str:
         """The statement as one JSON object, its events included."""
-        events = [
-            {**asdict(event), "noise_multiplier": str(event.noise_multiplier)} for event in self.log
-        ]
         whole = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return json.dumps({**whole, "log": events, "epsilon": str(self.epsilon)}, allow_nan=False)
+        whole |= {"log": [event_to_json(event) for event in self.log]}
+        whole |= {"epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon}
+        return json.dumps(whole, allow_nan=False)
 
 
 def _what_ran(log: AnyLog) -> str:
@@ -104,3 +108,15 @@ def _what_ran(log: AnyLog) -> str:
         rest = sum(event.count for event in log[3:])
         shown.append(f"{rest} more steps of {len(log) - 3} kinds, in the log")
     return "; ".join(shown) or "nothing"
+
+
+def round_up(value: float, digits: int) -> str:
+    """A number with so many digits, never below the number itself: a claim rounds to its safe side.
+
+    >>> round_up(2.111432, 4), round_up(3.0, 4), round_up(float("inf"), 4)
+    ('2.112', '3', 'inf')
+    """
+    if math.isinf(value):
+        return "inf"
+    context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+    return f"{float(context.create_decimal(value)):.{digits}g}"

@@ -6,14 +6,16 @@ for float32, to which shorter formats are raised; 2**-53 for float64) and v = 2*
 1. Norms are summed in float64, where the square of a float32 is exact and neither overflows nor
    underflows (a float64 leaf is divided by its largest entry first). n - 1 additions in any order
    lose at most a factor (1 - v)**(n - 1), and the root, the scaling and the rule's own arithmetic a
-   few more. Norms are therefore raised by the factor 1 + 2 (n + 64) v: upper bounds.
+   few more. Norms are therefore raised by the factor 1 + 2 (n + 64) v: upper bounds. A leaf whose
+   norm is below 1e-290, where float64 itself rounds coarsely, is given the scale 0.
 2. A rule promises scale * norm <= sensitivity for those upper bounds; scales that break the promise
    are shrunk until they keep it, so a mistake in a rule costs utility and not privacy. A scale of
    exactly 1 leaves the gradient as it is: nothing is rounded. Any other is lowered by the factor
    1 - 8 u: one u is spent when the scale is rounded to the format, one when each product is, and
    what is left is far above the absolute error of products that are subnormal, since the
    sensitivity is at least 1e-30.
-   A scale that is itself subnormal in the format would round coarsely, so it becomes 0.
+   A scale that is itself subnormal in the format would round coarsely, so it becomes 0; one above
+   the format's range becomes the largest number of the format.
 3. Rows that are masked or whose norm is not finite are replaced, not multiplied: 0 times NaN is NaN.
 """
 
@@ -26,10 +28,11 @@ import torch
 from torch import Tensor
 
 from dpfunc import trees
-from dpfunc.mechanism import check_sensitivity
+from dpfunc.mechanism import OR_A_RULE, check_rule, check_sensitivity
 from dpfunc.typing import ClippingRule, Tree
 
 _DOUBLE_ROUNDOFF = 2.0**-53
+_SMALLEST_NORM = 1e-290
 
 
 class Clipped(NamedTuple):
@@ -54,6 +57,8 @@ class ClippedWithAux(NamedTuple):
 class FlatClipping:
     """Scale each example to L2 norm at most `l2_clip_norm` over all leaves together.
 
+    The rule that a plain number means, and an example of a `ClippingRule`.
+
     Args:
         l2_clip_norm: the bound, in gradient units, in [1e-30, 1e30].
 
@@ -72,7 +77,7 @@ class FlatClipping:
     l2_clip_norm: float
 
     def __post_init__(self) -> None:
-        number = check_sensitivity(l2_clip_norm=self.l2_clip_norm)
+        number = check_sensitivity(OR_A_RULE, l2_clip_norm=self.l2_clip_norm)
         object.__setattr__(self, "l2_clip_norm", number)
 
     @property
@@ -92,7 +97,9 @@ class FlatClipping:
 
 def as_rule(clipping: float | ClippingRule) -> ClippingRule:
     """A number means flat L2 clipping."""
-    return clipping if isinstance(clipping, ClippingRule) else FlatClipping(l2_clip_norm=clipping)
+    if isinstance(clipping, ClippingRule):
+        return check_rule(clipping)
+    return FlatClipping(l2_clip_norm=clipping)
 
 
 def clip_and_sum(
@@ -138,7 +145,7 @@ def clip_and_sum(
     total = trees.root_sum_squares(trees.leaves(norms))
     keep = total.isfinite() if mask is None else total.isfinite() & mask
     norms = trees.map(lambda norm: torch.where(keep, norm, 0.0), norms)
-    scales = _kept_to_promise(rule, norms, rule.scales(norms))
+    scales = _kept_to_promise(rule, norms, _scales(rule, norms, num))
     summed = trees.map(lambda leaf, scale: _scaled(leaf, scale, keep).sum(0), grads, scales)
     return Clipped(summed, total if mask is None else torch.where(mask, total, 0.0))
 
@@ -146,6 +153,8 @@ def clip_and_sum(
 def check_mask(mask: Tensor | None, num: int) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"Expected mask to be a bool tensor or None, got {type(mask).__name__}.")
     if mask.dtype != torch.bool:
         raise TypeError(f"Expected mask to be bool (True: a real example), got {mask.dtype}.")
     if mask.shape != (num,):
@@ -168,9 +177,31 @@ def _norm_bound(leaf: Tensor, order: int, size: int) -> Tensor:
     return norm * unit * (1.0 + 2 * (size + 64) * _DOUBLE_ROUNDOFF)
 
 
+def _scales(rule: ClippingRule, norms: Tree, num: int) -> Tree:
+    """The rule's scales for each row; the rule sees one row at a time."""
+    if isinstance(rule, FlatClipping) or num == 0:  # known to treat rows apart; vmap refuses 0
+        return rule.scales(norms) if num else norms
+
+    def checked(row: Tree) -> Tree:
+        scales = rule.scales(row)
+        for path, scale in trees.named_leaves(scales, "scales"):
+            if scale.ndim != 0:
+                raise ValueError(
+                    "Expected a clipping rule to return one 0-d scale for each leaf, got shape "
+                    f"{tuple(scale.shape)} at {path}. It sees the norms of one example."
+                )
+        return trees.map(lambda norm, scale: scale.to(norm.dtype), row, scales)
+
+    return torch.vmap(checked)(norms)
+
+
 def _kept_to_promise(rule: ClippingRule, norms: Tree, scales: Tree) -> Tree:
     """Scales that are finite, not negative, and keep scale * norm within the sensitivity."""
-    scales = trees.map(lambda s: torch.where(s.isfinite() & (s > 0), s, 0.0), scales)
+    scales = trees.map(
+        lambda s, n: torch.where(s.isfinite() & (s > 0) & (n >= _SMALLEST_NORM), s, 0.0),
+        scales,
+        norms,
+    )
     products = trees.leaves(trees.map(torch.mul, scales, norms))
     total = torch.stack(products).sum(0) if rule.order == 1 else trees.root_sum_squares(products)
     shrink = torch.where(total > rule.sensitivity, rule.sensitivity / total, 1.0)
@@ -181,6 +212,7 @@ def _scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
     """The contributions of the rows; steps 2 and 3 of the proof above."""
     finfo = torch.finfo(leaf.dtype)
     lowered = torch.where(scale == 1.0, scale, scale * (1.0 - 4 * finfo.eps))  # eps is 2 u
-    lowered = torch.where(lowered < 2 * finfo.tiny, 0.0, lowered).to(leaf.dtype)
+    lowered = torch.where(lowered < 2 * finfo.tiny, 0.0, lowered)
+    lowered = lowered.clamp(max=finfo.max).to(leaf.dtype)
     shape = (-1,) + (1,) * (leaf.ndim - 1)
     return torch.where(keep.reshape(shape), leaf * lowered.reshape(shape), 0.0)

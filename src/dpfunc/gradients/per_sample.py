@@ -13,6 +13,11 @@ from dpfunc import _checks, random, trees
 from dpfunc.typing import Key, Loss, Tree
 
 RANDOMNESS = ("error", "different", "same")
+_RANDOM = (
+    "Expected a loss that draws nothing from torch's global generator (randomness='error'), got a "
+    "random operation. For a module with dropout: functional_loss(..., has_key=True), and has_key=True "
+    "here; that reaches nn.Dropout and F.dropout, not dropout inside attention: set that to 0."
+)
 
 
 def per_sample_grads(
@@ -72,6 +77,9 @@ def batched_grads(
     loss: Loss, has_aux: bool, has_key: bool, randomness: str, chunk_size: int | None
 ) -> Callable[[Tree, Tree, Tensor | None], tuple[Tree, Any]]:
     """`f(params, data, keys) -> (grads, aux)`, with one key a row and aux `()` where there is none."""
+    if not callable(loss):
+        advice = "functional_loss returns a pair: loss, params = functional_loss(...)."
+        _refuse("loss to be a function", loss, advice)
     _checks.choice(RANDOMNESS, randomness=randomness)
     if chunk_size is not None:
         _checks.integer(at_least=1, chunk_size=chunk_size)
@@ -118,7 +126,12 @@ def refuse_keywords(unexpected: dict[str, Any]) -> None:
 
 def _checked(loss: Loss, has_aux: bool) -> Callable[..., tuple[Tensor, Any]]:
     def checked(params: Tree, example: Tree, *key: Key) -> tuple[Tensor, Any]:
-        result = loss(params, example, *key)
+        try:
+            result = loss(params, example, *key)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise RuntimeError(_RANDOM) from error
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             _refuse("loss to return (scalar, aux) with has_aux=True", result, "")
         value, aux = result if has_aux else (result, ())

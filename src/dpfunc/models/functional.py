@@ -41,7 +41,9 @@ def functional_loss(
         Missing and unknown names in params are errors, not ignored.
         A tensor that the module holds under several names is one parameter, owned by the first name
         in `module.named_parameters()`; the others follow it.
-        With has_key, dropout differs over examples, steps and layers and is a function of the key.
+        With has_key, dropout (`nn.Dropout`, `Dropout1d` to `3d`, `F.dropout`) differs over examples,
+        steps and layers and is a function of the key. Other randomness, such as dropout inside
+        attention, is an error that names the function.
 
     Raises:
         ValueError: no parameter is trainable, the module has a BatchNorm that would use the
@@ -68,10 +70,7 @@ def functional_loss(
     frozen = {n: p.detach() for n, p in named.items() if n not in chosen}
 
     def loss(params: dict[str, Tensor], example: tuple[Tree, Tree], *key: Key) -> Tensor:
-        if set(params) != chosen:
-            raise ValueError(
-                f"Expected params with the names {sorted(chosen)}, got {sorted(params)}."
-            )
+        _check_call(params, chosen, example, key, has_key)
         inputs, target = trees.map(lambda leaf: leaf.unsqueeze(0), example)
         args, kwargs = _arguments(inputs)
         tensors = {**frozen, **dict(module.named_buffers()), **params}
@@ -80,6 +79,22 @@ def functional_loss(
         return criterion(output, target)
 
     return loss, params
+
+
+def _check_call(params: Any, chosen: set[str], example: Any, key: Any, has_key: bool) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(f"Expected params to be a dict by name, got {type(params).__name__}.")
+    if set(params) != chosen:
+        raise ValueError(f"Expected params with the names {sorted(chosen)}, got {sorted(params)}.")
+    if not isinstance(example, (tuple, list)) or len(example) != 2:
+        raise TypeError(
+            f"Expected an example (input, target), got {type(example).__name__}. "
+            "For another form, write loss(params, example) around torch.func.functional_call."
+        )
+    if len(key) != has_key:
+        raise TypeError(
+            f"Expected {'a' if has_key else 'no'} key for a loss with {has_key=}. Pass has_key= alike to both."
+        )
 
 
 def _arguments(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,6 +138,8 @@ class _KeyedDropout(TorchFunctionMode):
         spatial: int,
     ) -> Tensor:
         del inplace  # would write to a tensor that vmap may share
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"Expected a dropout probability p in [0, 1], got {p}.")
         if not training or p == 0.0:
             return x
         self.calls.append(None)

@@ -20,7 +20,8 @@ def privatize(
             as `clip_and_sum` returns it.
         key: of this release alone.
         mechanism: what to add and what to divide by.
-        noise_multiplier: 0-d tensor >= 0, in place of the mechanism's number.
+        noise_multiplier: 0-d floating-point tensor, 0 or at least 1e-30 / sensitivity, in place of
+            the mechanism's number. Its value cannot be checked inside a graph.
 
     Returns:
         The released estimate of the mean gradient: the same structure, shapes and dtypes.
@@ -41,8 +42,10 @@ def privatize(
     >>> privatize({"w": torch.tensor([2.0])}, random.key(0), mechanism)
     {'w': tensor([0.5000])}
     """
-    _check_noise_multiplier(noise_multiplier)
-    multiplier = mechanism.noise_multiplier if noise_multiplier is None else noise_multiplier
+    multiplier = mechanism.noise_multiplier
+    if noise_multiplier is not None:
+        # In float64: the product may round, or vanish, in the format the multiplier came in.
+        multiplier = _checked(noise_multiplier).detach().to(torch.float64)
     stddev = multiplier * mechanism.sensitivity
 
     def release(leaf: Tensor, leaf_key: Key) -> Tensor:
@@ -59,12 +62,10 @@ def privatize(
     )
 
 
-def _check_noise_multiplier(noise_multiplier: Tensor | None) -> None:
-    if noise_multiplier is None:
-        return
-    if not isinstance(noise_multiplier, Tensor):
+def _checked(noise_multiplier: Tensor) -> Tensor:
+    if not isinstance(noise_multiplier, Tensor) or not noise_multiplier.is_floating_point():
         raise TypeError(
-            f"Expected noise_multiplier to be a 0-d tensor, got {noise_multiplier!r}. "
+            f"Expected noise_multiplier to be a 0-d floating-point tensor, got {noise_multiplier!r}. "
             "A number goes into the mechanism, where the log reads it."
         )
     if noise_multiplier.ndim != 0:
@@ -72,3 +73,4 @@ def _check_noise_multiplier(noise_multiplier: Tensor | None) -> None:
             f"Expected noise_multiplier to be a 0-d tensor, got shape {tuple(noise_multiplier.shape)}. "
             "To sweep over several, use vmap."
         )
+    return noise_multiplier

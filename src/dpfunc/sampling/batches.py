@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from dpfunc import _checks, random, trees
-from dpfunc.mechanism import DPSGD
+from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.sampling.poisson import poisson_indices, uniform_subset
 from dpfunc.typing import Key, Tree
 
@@ -67,7 +66,8 @@ def poisson_batches(
 
     Raises:
         ValueError: leaves disagree on N, data is empty, max_batch_size without "truncated_poisson"
-            or the reverse, a number out of range.
+            or the reverse, a number out of range, or (while iterating) a collate function that
+            returns another number of rows than it got examples.
         TypeError: data is neither tensors nor a data set.
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, "take a random sample".
@@ -77,8 +77,12 @@ def poisson_batches(
     >>> [len(batch.data) for batch in batches]
     [16, 16, 16]
     """
+    random.check_key(key)
+    check_mechanism(mechanism)
     num_steps = _checks.integer(at_least=0, num_steps=num_steps)
     start = _checks.integer(at_least=0, start=start)
+    if start > num_steps:
+        raise ValueError(f"Expected start <= num_steps={num_steps} (the whole run's), got {start}.")
     if pad_to_multiple_of is None:
         pad_to_multiple_of = 2 ** round(math.log2(4 * math.sqrt(mechanism.expected_batch_size) + 1))
     multiple = _checks.integer(at_least=1, pad_to_multiple_of=pad_to_multiple_of)
@@ -102,8 +106,9 @@ def poisson_batches(
                 subset_key = random.derive(key.cpu(), random.TRUNCATION, step)
                 drawn = drawn[uniform_subset(subset_key, len(drawn), max_batch_size)]
             size = max(1, -(-len(drawn) // multiple)) * multiple
-            mask = torch.arange(size) < len(drawn)
-            yield Batch(gather(drawn, size), mask, torch.tensor(step))
+            found = gather(drawn, size)
+            mask = torch.arange(size, device=trees.leaves(found)[0].device) < len(drawn)
+            yield Batch(found, mask, torch.tensor(step, device=key.device))
 
     return batches()
 
@@ -125,19 +130,40 @@ def _source(
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             "Expected data to be a pytree of tensors or a data set with __len__ and __getitem__, got "
-            f"{type(data).__name__}. An iterable stream has no Poisson sample."
+            f"{type(data).__name__}. An iterable stream has no Poisson sample; of a DataLoader, pass its dataset."
         )
     num = len(data)
     if num == 0:
         raise ValueError("Expected data to hold at least one example, got an empty data set.")
     # The shapes of one example stand for all, so that an empty draw has a form to be empty in.
-    blank = trees.map(lambda leaf: torch.zeros_like(leaf[:0]), collate(_examples(data, [0])))
+    blank = trees.map(lambda leaf: leaf[:0], _collated(data, [0], collate))
 
     def gather(drawn: Tensor, size: int) -> Tree:
-        found = collate(_examples(data, drawn.tolist())) if len(drawn) else blank
+        found = _collated(data, drawn.tolist(), collate) if len(drawn) else blank
         return trees.map(lambda leaf: _padded(leaf, size), found)
 
     return num, gather
+
+
+def _collated(data: Any, indices: list[int], collate: Callable[[list[Any]], Tree]) -> Tree:
+    """The examples as one tree of tensors, one row for each: more would be more than one's share."""
+    found = trees.map(_as_tensor, collate(_examples(data, indices)))
+    rows = trees.batch_size(found, "collate(examples)")
+    if rows != len(indices):
+        raise ValueError(
+            f"Expected collate to return one row for each of {len(indices)} examples, got {rows}. "
+            "Several rows of one example would each be clipped apart: average them in the loss."
+        )
+    return found
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    try:
+        return torch.as_tensor(leaf)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"Expected collate to return tensors or numeric arrays, got a {type(leaf).__name__}."
+        ) from None
 
 
 def _examples(data: Any, indices: list[int]) -> list[Any]:
@@ -146,8 +172,7 @@ def _examples(data: Any, indices: list[int]) -> list[Any]:
     return [data[i] for i in indices]
 
 
-def _padded(leaf: Tensor | np.ndarray, size: int) -> Tensor:
-    leaf = torch.as_tensor(leaf)
+def _padded(leaf: Tensor, size: int) -> Tensor:
     out = leaf.new_zeros(size, *leaf.shape[1:])
     out[: leaf.shape[0]] = leaf
     return out

@@ -46,6 +46,7 @@ def poisson_indices(
     >>> poisson_indices(2_000_000_000, random.key(0), 3, sampling_prob=1e-9).dtype
     torch.int64
     """
+    random.check_key(key)
     num_examples = _checks.integer(at_least=0, num_examples=num_examples)
     if num_examples > MAX_EXAMPLES:
         raise ValueError(f"Expected num_examples <= 2**40, got {num_examples}.")
@@ -72,7 +73,7 @@ def _binomial(key: Key, num: int, prob: float) -> int:
     Rounding: a ratio is within 3 roundings, so the weight at distance d of the mode is within 3 d,
     and d is about the standard deviation s where the mass is: 3 s 2**-53 in total variation, and as
     much for the normalisation. u has a grid of 2**-53, which moves each of the 24 s + 80 weights
-    by at most that. What lies outside the window is below 1e-30 (Bernstein's inequality).
+    by at most that. What lies outside the window is below 1e-30 (Bennett's inequality).
     """
     if prob in (0.0, 1.0):
         return int(num * prob)

@@ -35,6 +35,30 @@ def contribution(grads: Tree, row: int, clipping: float | ClippingRule) -> Tree:
     return clip_and_sum(trees.rows(grads, row, row + 1), clipping).sum
 
 
+def scales_keep_the_promise(grads: Tree, rule: ClippingRule) -> None:
+    """What the rule returns for each example keeps scale * norm within its sensitivity.
+
+    `clip_and_sum` would shrink scales that do not: then the rule is not what its author thinks.
+    """
+    for row in range(trees.batch_size(grads, "grads")):
+        gradient = trees.rows(grads, row, row + 1)
+        norms = trees.map(
+            lambda leaf: torch.tensor(exact_norm(leaf, rule.order), dtype=torch.float64), gradient
+        )
+        if not all(norm.isfinite() for norm in trees.leaves(norms)):
+            continue
+        scales = rule.scales(norms)
+        if not all(bool(s.isfinite()) and s >= 0 for s in trees.leaves(scales)):
+            raise AssertionError(
+                f"the scales {scales!r} for norms {norms!r} are not all finite and >= 0"
+            )
+        norm = exact_norm(trees.map(torch.mul, scales, norms), rule.order)
+        if not norm <= rule.sensitivity * (1 + 1e-12):
+            raise AssertionError(
+                f"the scales {scales!r} take norms {norms!r} to {norm!r}, above {rule.sensitivity!r}"
+            )
+
+
 def contribution_is_bounded(
     grads: Tree, clipping: float | ClippingRule, mask: Tensor | None = None
 ) -> float:
