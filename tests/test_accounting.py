@@ -1,5 +1,6 @@
 """RDP accounting: other libraries' figures, closed forms, 40-digit integrals, and the laws."""
 
+import itertools
 import json
 import math
 import warnings
@@ -23,6 +24,7 @@ from dpfunc import (
     epsilon,
 )
 from dpfunc.accounting.rdp import ORDERS, rdp, rdp_delta, rdp_epsilon
+from dpfunc.accounting.statement import round_up
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rdp.json").read_text())
 
@@ -166,6 +168,51 @@ def test_nothing_released_costs_exactly_nothing(nothing):
 def test_no_noise_costs_everything():
     assert spent(run(noise_multiplier=0.0)) == math.inf
     assert delta((run(noise_multiplier=0.0),), epsilon=5.0, accountant="rdp") == 1.0
+
+
+@pytest.mark.parametrize("noise", [3e1, 3e3, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("prob", [1e-6, 1e-5, 1e-2])
+def test_vanishing_steps_add_up_to_what_they_should(noise, prob):
+    """Each step is nearly nothing; so many of them are a Gaussian of mu^2 = count q^2 / s^2."""
+    count = round(noise**2 / (10 * prob**2))
+    limit = spent(run(math.sqrt(10), 1.0, 1, sampling="none"))
+    value = spent(run(noise, prob, count))
+    assert value == pytest.approx(limit, rel=2e-3)
+    if noise >= 3e3:
+        assert value >= limit * (1 - 1e-6)
+
+
+def test_epsilon_rises_with_sampling_up_to_the_full_batch():
+    for noise in (1.0, 1e5, 1e9):
+        count = round(noise**2)
+        values = [spent(run(noise, q, count)) for q in (0.5, 0.9, 1 - 1e-9, 1.0)]
+        assert all(a <= b * (1 + 1e-9) for a, b in itertools.pairwise(values))
+        assert values[0] > 0
+
+
+@pytest.mark.parametrize(
+    "event", [run(1e160, 0.5, 10), run(1e200, 1.0, 1), run(1e-200, 1.0, 1), run(0.0, 1.0, 0)]
+)
+def test_beyond_the_range_of_squares(event):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 <= spent(event) <= math.inf
+        assert not np.isnan(rdp(event, [2.0])).any()
+
+
+def test_no_orders_and_too_many_steps_are_refused():
+    with pytest.raises(ValueError, match="at least one order"):
+        rdp_epsilon((run(),), 1e-5, [])
+    with pytest.raises(ValueError, match="count <= 1e300"):
+        run(count=10**400)
+    with pytest.raises(TypeError, match="one StepEvent"):
+        epsilon(run(), delta=1e-5, accountant="rdp")
+
+
+@given(st.floats(1e-8, 1e8), st.integers(2, 8))
+def test_a_printed_claim_is_never_below_the_number(value, digits):
+    shown = float(round_up(value, digits))
+    assert value <= shown <= value * (1 + 10.0 ** (1 - digits))
 
 
 def test_extremes_give_a_bound_and_no_warning():

@@ -166,6 +166,60 @@ def test_a_rule_that_breaks_its_promise_is_held_to_it(case, order, factor):
     laws.contribution_is_bounded(case.grads, Broken(), case.mask)
 
 
+class Rule:
+    """A rule made of a function of the total norm."""
+
+    def __init__(self, scale, sensitivity=1.0, order=2):
+        self.scale, self.sensitivity, self.order = scale, sensitivity, order
+
+    def scales(self, norms):
+        total = trees.root_sum_squares(trees.leaves(norms))
+        return trees.map(lambda _: self.scale(total), norms)
+
+
+def test_a_rule_never_sees_another_example():
+    """Dividing all by the largest norm of the batch keeps every norm, and breaks the sensitivity."""
+    by_largest = Rule(lambda total: 1 / total.max().clamp(min=1.0))
+    g = torch.ones(100, 1)
+    g[0] = 100.0
+    laws.neighbours_are_close(g, by_largest)
+    torch.testing.assert_close(clip_and_sum(g, by_largest).sum, torch.tensor([100.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_rule_that_scales_up_overflows_nothing(dtype):
+    normalise = Rule(lambda total: 1e-30 / total, sensitivity=1e-30)
+    for scale in (1.0, 1e-20, 1e-40, 1e-300, 5e-324):
+        g = torch.full((2, 10), scale, dtype=torch.float64).to(dtype)
+        laws.contribution_is_bounded(g, normalise)
+        laws.contribution_is_bounded(g, Rule(lambda total: 1 / total))
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "words"),
+    [
+        (Rule(lambda t: torch.ones(5)), ValueError, r"one 0-d scale .* got shape \(5,\) at scales"),
+        (Rule(lambda t: 1.0), TypeError, "scales to be a tensor, got float"),
+        (Rule(torch.ones_like, order=math.inf), ValueError, "order .* 1 or 2, got inf"),
+        (Rule(torch.ones_like, order="2"), ValueError, "order"),
+        (Rule(torch.ones_like, sensitivity=math.nan), ValueError, "sensitivity"),
+        (Rule(torch.ones_like, sensitivity=-1.0), ValueError, "sensitivity"),
+        ("flat", TypeError, "Or pass a clipping rule"),
+    ],
+)
+def test_a_bad_rule_is_refused(rule, kind, words):
+    with pytest.raises(kind, match=words):
+        clip_and_sum({"w": torch.ones(1, 3)}, rule)
+
+
+def test_the_law_on_scales_tells_a_rule_that_breaks_its_promise():
+    g = torch.ones(2, 4)
+    laws.scales_keep_the_promise(g, FlatClipping(l2_clip_norm=1.0))
+    for scale in (lambda t: torch.ones_like(t), lambda t: -t, lambda t: t * math.nan):
+        with pytest.raises(AssertionError, match="the scales"):
+            laws.scales_keep_the_promise(g, Rule(scale))
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e-31, 1e31])
 def test_bad_clip_norms_are_refused_by_name(bad):
     with pytest.raises(ValueError, match="l2_clip_norm"):
@@ -193,6 +247,8 @@ def test_clip_norms_that_are_no_numbers_are_refused(bad):
         ({}, None, ValueError, "at least one tensor"),
         (torch.ones(2, 1), torch.ones(3, dtype=torch.bool), ValueError, r"mask of shape \(2,\)"),
         (torch.ones(2, 1), torch.ones(2), TypeError, "mask to be bool"),
+        (torch.ones(2, 1), [True, True], TypeError, "mask to be a bool tensor"),
+        ((torch.ones(2, 1), None), None, TypeError, r"NoneType at grads\[1\]"),
     ],
 )
 def test_bad_input_says_what_was_expected_and_where(grads, mask, kind, words):

@@ -147,11 +147,46 @@ def test_two_dropout_layers_draw_apart_and_eval_draws_nothing():
     assert (kept == 1).all()
 
 
-def test_dropout_that_no_key_reaches_is_an_error():
-    module = nn.Sequential(nn.Linear(6, 3), nn.AlphaDropout(0.5))
+@pytest.mark.filterwarnings("ignore")  # vmap is slow on attention, which is not what is tested
+@pytest.mark.parametrize(
+    "layer", [nn.AlphaDropout(0.5), nn.TransformerEncoderLayer(6, 2, 8, 0.1, batch_first=True)]
+)
+def test_dropout_that_no_key_reaches_is_an_error_with_a_way_out(layer):
+    module = nn.Sequential(nn.Unflatten(1, (1, 6)), layer, nn.Flatten(), nn.Linear(6, 3))
     loss, params = functional_loss(module, F.cross_entropy, has_key=True)
-    with pytest.raises(RuntimeError, match="randomness"):
+    with pytest.raises(RuntimeError, match="not dropout inside attention"):
         clipped_grad(loss, 1.0, has_key=True)(params, example(), key=random.key(0))
+
+
+def test_dropout_without_a_key_is_an_error_with_a_way_out():
+    module = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))
+    loss, params = functional_loss(module, F.cross_entropy)
+    with pytest.raises(RuntimeError, match=r"functional_loss\(\.\.\., has_key=True\)"):
+        clipped_grad(loss, 1.0)(params, example())
+
+
+def test_calls_of_the_wrong_form_are_told():
+    x, y = example()
+    loss, params = functional_loss(nn.Linear(6, 3), F.cross_entropy)
+    keyed, _ = functional_loss(nn.Linear(6, 3), F.cross_entropy, has_key=True)
+    for call, words in [
+        (
+            lambda: loss(list(params.values()), (x[0], y[0])),
+            "params to be a dict by name, got list",
+        ),
+        (lambda: loss(params, {"x": x[0], "y": y[0]}), r"example \(input, target\), got dict"),
+        (lambda: keyed(params, (x[0], y[0])), "a key for a loss"),
+        (lambda: loss(params, (x[0], y[0]), random.key(0)), "no key for a loss"),
+        (lambda: clipped_grad((loss, params), 1.0), "loss to be a function, got tuple"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            call()
+    wrong, params = functional_loss(
+        nn.Sequential(nn.Linear(6, 3)),
+        lambda out, y: F.cross_entropy(out, y),
+        has_key=True,
+    )
+    assert wrong(params, (x[0], y[0]), random.key(0)).ndim == 0
 
 
 @pytest.mark.parametrize(

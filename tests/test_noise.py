@@ -106,3 +106,30 @@ def test_clip_and_noise_in_half_precision_adds_float32_noise():
     )
     assert noisy["w"].dtype == torch.float32
     assert len(noisy["w"].unique()) > 990  # float16 noise would repeat
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_tensor_multiplier_loses_nothing_to_its_format(dtype):
+    tiny = mechanism(clipping=1e-8, noise_multiplier=1.0)
+    total = {"w": torch.zeros(50)}
+    expected = privatize(total, random.key(0), tiny)
+    multiplier = torch.tensor(1.0, dtype=dtype, requires_grad=True)
+    noisy = privatize(total, random.key(0), tiny, multiplier)
+    assert noisy["w"].equal(expected["w"])
+    assert not noisy["w"].requires_grad
+
+
+def test_a_multiplier_that_is_no_real_number_is_refused():
+    for bad in (torch.tensor(True), torch.tensor(1), torch.tensor(1j)):
+        with pytest.raises(TypeError, match="noise_multiplier to be a 0-d floating-point"):
+            privatize({"w": torch.zeros(3)}, random.key(0), mechanism(), bad)
+
+
+def test_noise_that_float32_would_lose_is_refused():
+    with pytest.raises(ValueError, match="float32 would lose the noise"):
+        mechanism(clipping=1e-30, noise_multiplier=1e-16)
+
+
+def test_key_and_mechanism_in_the_wrong_order_are_told():
+    with pytest.raises(TypeError, match=r"mechanism to be a dpfunc\.DPSGD, got Tensor"):
+        clip_and_noise(torch.zeros(2, 3), mechanism(), random.key(0))

@@ -64,6 +64,8 @@ def test_arguments_are_unchanged():
         (lambda: sgd(0.1, momentum=1.5), "momentum"),
         (lambda: adam(float("nan")), "learning_rate"),
         (lambda: adam(0.1, b1=-1), "b1"),
+        (lambda: adam(0.1, b2=1.0), "b2"),
+        (lambda: adam(0.1).init({}), "at least one tensor"),
         (lambda: adam(0.1, stabilizer=0), "stabilizer"),
     ],
 )

@@ -77,7 +77,7 @@ def test_different_seeds_give_different_keys(seed, gap):
 
 
 def test_seeds_that_agree_modulo_powers_of_two_differ():
-    keys = [random.key(s) for s in (3, 3 + 2**32, 3 + 2**64, 3 + 2**256, -3)]
+    keys = [random.key(s) for s in (3, 3 + 2**32, 3 + 2**64, 3 + 2**256, -3, 10**5000)]
     assert len({tuple(k.tolist()) for k in keys}) == len(keys)
 
 
@@ -256,6 +256,16 @@ def test_empty_draws():
         (lambda: random.fold_in(random.key(0), torch.arange(2)), ValueError, "0-d"),
         (lambda: random.fold_in(random.key(0), torch.tensor(1.0)), TypeError, "data"),
         (lambda: random.fold_in(random.key(0), "a"), TypeError, "data"),
+        (lambda: random.fold_in(random.key(0), [3]), TypeError, "data"),
+        (
+            lambda: random.fold_in(random.key(0), torch.tensor(3, dtype=torch.uint64)),
+            TypeError,
+            "data",
+        ),
+        (lambda: random.bits(torch.zeros(8, dtype=torch.uint8), (1,)), ValueError, "uint8"),
+        (lambda: random.bits(random.key(0), 5), ValueError, "shape"),
+        (lambda: random.bits(random.key(0), (-1,)), ValueError, "shape"),
+        (lambda: random.bits(random.key(0), (1,), offset=1.5), ValueError, "offset"),
         (lambda: random.normal(random.key(0), (1,), dtype=torch.float16), ValueError, "dtype"),
         (lambda: random.uniform(random.key(0), (1,), offset=-1), ValueError, "offset"),
     ],

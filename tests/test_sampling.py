@@ -179,6 +179,35 @@ def test_a_collate_function_of_the_users_own():
     assert batch.data.shape == batch.mask.shape
 
 
+def test_a_collate_function_that_makes_more_rows_than_examples_is_refused():
+    def both_signs(rows):
+        return torch.stack([sign * row["x"] for row in rows for sign in (1, -1)])
+
+    def first(rows):
+        return torch.stack([rows[0]["x"]])
+
+    with pytest.raises(ValueError, match="one row for each of 1 examples, got 2"):
+        poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=both_signs)
+    with pytest.raises(ValueError, match=r"one row for each of \d+ examples, got 1"):
+        next(poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=first))
+
+
+def test_a_collate_function_may_return_arrays_and_not_words():
+    def arrays(rows):
+        return {"y": np.array([row["y"] for row in rows])}
+
+    batch = next(poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=arrays))
+    assert batch.data["y"].dtype == torch.int64
+    with pytest.raises(TypeError, match="tensors or numeric arrays, got a str"):
+        poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=lambda rows: ["a"])
+
+
+def test_the_mask_is_where_the_data_is():
+    batch = next(poisson_batches(torch.zeros(60, 2, device="meta"), KEY, mechanism(), num_steps=1))
+    assert batch.mask.device.type == "meta"
+    assert batch.step.device.type == "cpu"
+
+
 def test_a_cap_keeps_a_uniform_subset_and_only_in_a_mechanism_that_says_so():
     capped = mechanism(sampling="truncated_poisson")
     batches = poisson_batches(torch.arange(100), KEY, capped, num_steps=300, max_batch_size=25)
@@ -213,6 +242,34 @@ def test_a_run_sees_few_padded_sizes():
             "0 <= sampling_prob <= 1, got 1.2",
         ),
         (lambda: poisson_indices(10, KEY, 0, sampling_prob=math.nan), ValueError, "sampling_prob"),
+        (lambda: poisson_indices(10, 5, 0, sampling_prob=0.1), ValueError, "key to be an integer"),
+        (
+            lambda: poisson_batches(torch.zeros(3), 0, mechanism(), num_steps=1),
+            ValueError,
+            "key to be an integer tensor",
+        ),
+        (
+            lambda: poisson_batches(torch.zeros(3), KEY, 1.0, num_steps=1),
+            TypeError,
+            "mechanism to be a dpfunc.DPSGD, got float",
+        ),
+        (
+            lambda: poisson_batches(torch.zeros(3), KEY, mechanism(), num_steps=2, start=3),
+            ValueError,
+            "start <= num_steps=2",
+        ),
+        (
+            lambda: poisson_batches((torch.zeros(3), None), KEY, mechanism(), num_steps=1),
+            TypeError,
+            r"NoneType at data\[1\]",
+        ),
+        (
+            lambda: poisson_batches(
+                torch.utils.data.DataLoader(Rows(3)), KEY, mechanism(), num_steps=1
+            ),
+            TypeError,
+            "of a DataLoader, pass its dataset",
+        ),
         (lambda: poisson_indices(-1, KEY, 0, sampling_prob=0.1), ValueError, "num_examples >= 0"),
         (lambda: poisson_indices(2**41, KEY, 0, sampling_prob=0.1), ValueError, "num_examples"),
         (lambda: poisson_indices(10, KEY, -1, sampling_prob=0.1), ValueError, "step >= 0"),

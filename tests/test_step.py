@@ -303,6 +303,37 @@ def test_bad_input_is_refused(call, kind, words):
         call(private_grad(loss, MECHANISM), case()[0])
 
 
+def test_no_graph_grows_over_steps():
+    params = trees.map(lambda p: p.requires_grad_(), case()[0])
+    stepped, _ = make_dp_step(loss, MECHANISM, descend)(params, one_batch(), KEY)
+    assert not any(p.requires_grad for p in stepped.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: make_dp_step(loss, descend, MECHANISM), "DPSGD, got function.*in order"),
+        (
+            lambda p: make_dp_step(loss, MECHANISM, lambda p, g: None)(p, one_batch(), KEY),
+            "got None",
+        ),
+        (lambda p: make_train_step(loss, MECHANISM, optimizers.sgd), "such as sgd"),
+        (lambda p: make_train_step(loss, MECHANISM, torch.optim.SGD), r"\(init, update\) pair"),
+        (
+            lambda p: make_train_step(loss, MECHANISM, optimizers.sgd(0.1))[1](p, one_batch(), KEY),
+            "state to be what init",
+        ),
+        (
+            lambda p: private_grad(loss, MECHANISM)(p, one_batch()._replace(step=None), KEY),
+            r"batch\.step to be a 0-d int tensor",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_told(call, words):
+    with pytest.raises(TypeError, match=words):
+        call(case()[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_the_device_equals_the_step_on_the_host():

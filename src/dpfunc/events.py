@@ -14,6 +14,7 @@ from dpfunc import _checks
 
 MECHANISMS = ("gaussian", "laplace")
 SAMPLINGS = ("poisson", "truncated_poisson", "fixed_without_replacement", "none")
+MAX_COUNT = 10**300  # a float can still hold it
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 
@@ -28,7 +29,7 @@ class StepEvent:
         noise_multiplier: noise scale over sensitivity, dimensionless, in [0, inf]. The scale is the
             standard deviation for "gaussian" (L2 norm), b for "laplace" (L1 norm).
         sampling_prob: probability that an example is in the batch, in [0, 1].
-        count: how many such releases, a whole number >= 0.
+        count: how many such releases, a whole number in [0, 1e300].
         mechanism: "gaussian" or "laplace".
         sampling: "poisson" (each example in or out independently), "truncated_poisson" (Poisson,
             then a uniform subset where the batch would exceed a public cap),
@@ -62,8 +63,10 @@ class StepEvent:
         put("noise_multiplier", _checks.non_negative(noise_multiplier=self.noise_multiplier))
         put("sampling_prob", _checks.probability(sampling_prob=self.sampling_prob))
         put("count", _checks.integer(at_least=0, count=self.count))
-        if self.count >= 2**63:
-            raise ValueError(f"Expected count < 2**63, got {self.count}.")
+        if self.count > MAX_COUNT:
+            raise ValueError(
+                f"Expected count <= 1e300, got a number of {len(hex(self.count)) - 2} hex digits."
+            )
         _checks.choice(MECHANISMS, mechanism=self.mechanism)
         _checks.choice(SAMPLINGS, sampling=self.sampling)
         _checks.choice(RELATIONS, relation=self.relation)

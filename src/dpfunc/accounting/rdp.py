@@ -59,7 +59,9 @@ def rdp(event: StepEvent, orders: Sequence[float] = ORDERS) -> NDArray[np.float6
             raise ValueError(f"Expected orders above 1, got {order!r}.")
     if event.count == 0:
         return np.zeros(len(orders))
-    return _one_release(event.noise_multiplier, event.sampling_prob, tuple(orders)) * event.count
+    one = _one_release(event.noise_multiplier, event.sampling_prob, tuple(orders))
+    with np.errstate(over="ignore"):  # infinity is then the bound
+        return np.nextafter(one * float(event.count), math.inf) if one.any() else one
 
 
 def rdp_epsilon(
@@ -160,7 +162,8 @@ def _one_release(noise: float, prob: float, orders: tuple[float, ...]) -> NDArra
     if noise == 0.0:
         return np.full_like(order, math.inf)
     if prob == 1.0:
-        return np.nextafter(order / 2 / noise / noise, math.inf)
+        with np.errstate(over="ignore"):
+            return np.nextafter(order / 2 / noise / noise, math.inf)
     return np.array([_subsampled(noise, prob, a) for a in orders])
 
 
