@@ -46,6 +46,10 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
+# Results lie in memory from torch: numpy asks the system for huge pages, and at 400 MB finding them
+# may take longer than the draw.
+
+
 def _encryptor(key: bytes, nonce: bytes, block: int) -> CipherContext:
     chacha20 = algorithms.ChaCha20(key, block.to_bytes(4, "little") + nonce)
     return Cipher(chacha20, None).encryptor()
@@ -65,12 +69,13 @@ def _rows_as_bytes(rows: Tensor) -> list[bytes]:
 
 def words(keys: Tensor, tag: int, data: Tensor, start: int, num: int) -> Tensor:
     skip = start % 16
-    out = np.empty((keys.shape[0], skip + num), dtype="<i4")
-    if out.shape[1]:
-        for row, key, number in zip(out, _rows_as_bytes(keys), data.tolist(), strict=True):
+    out = torch.empty((keys.shape[0], skip + num), dtype=torch.int32)
+    if out.numel():
+        rows = out.numpy()
+        for row, key, number in zip(rows, _rows_as_bytes(keys), data.tolist(), strict=True):
             nonce = tag.to_bytes(4, "little") + number.to_bytes(8, "little", signed=True)
             _fill(_encryptor(key, nonce, start // 16), row)
-    return torch.from_numpy(out)[:, skip:].contiguous()
+    return out[:, skip:].contiguous()
 
 
 def _box_muller(pairs: np.ndarray, out: np.ndarray, radius: np.ndarray, angle: np.ndarray) -> None:
@@ -96,7 +101,6 @@ def _box_muller(pairs: np.ndarray, out: np.ndarray, radius: np.ndarray, angle: n
 def _normal_row(key: bytes, start: int, num: int, dtype: torch.dtype) -> Tensor:
     group = 2 * LANES
     first, last = start // group, -(-(start + num) // group)
-    # Memory from torch: numpy asks for huge pages, which at 400 MB may take longer than the draw.
     out = torch.empty((last - first) * group, dtype=dtype)
     groups = out.numpy().reshape(-1, 2, LANES)
     pairs, radius, angle = _SCRATCH.arrays(groups.dtype)
