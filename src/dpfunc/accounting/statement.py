@@ -119,4 +119,4 @@ def round_up(value: float, digits: int) -> str:
     if math.isinf(value):
         return "inf"
     context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
-    return f"{float(context.create_decimal(value)):.{digits}g}"
+    return f"{float(context.create_decimal(repr(float(value)))):.{digits}g}"
