@@ -102,7 +102,8 @@ def private_grad(
         Noise, per-example keys and the sampler draw on distinct words of one run key, at every step.
         Noise is a function of (key, step, leaf path): one (key, step) is one release. A second loss,
         model or set of parameters under the same two shares its noise, and the difference of the
-        two has none: give it a key of its own, `fold_in(key, i)`, and log it.
+        two has none: give it a key of its own, `fold_in(key, i)`, and account for it. On the same
+        batch the two are one event (see `make_dp_step`); on a batch of its own it is an event more.
         Nothing raises or changes shape because of the data's values.
 
     Raises:
