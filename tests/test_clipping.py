@@ -177,6 +177,12 @@ class Rule:
         return trees.map(lambda _: self.scale(total), norms)
 
 
+def test_norms_are_in_the_order_of_the_rule():
+    grads = (torch.tensor([[3.0, -1.0]]), torch.tensor([[4.0]]))
+    clipped = clip_and_sum(grads, Rule(lambda t: 0 * t, order=1))
+    torch.testing.assert_close(clipped.norms, torch.tensor([8.0], dtype=torch.float64))
+
+
 def test_a_rule_never_sees_another_example():
     """Dividing all by the largest norm of the batch keeps every norm, and breaks the sensitivity."""
     by_largest = Rule(lambda total: 1 / total.max().clamp(min=1.0))

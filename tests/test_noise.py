@@ -130,6 +130,22 @@ def test_noise_that_float32_would_lose_is_refused():
         mechanism(clipping=1e-30, noise_multiplier=1e-16)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mechanism": "laplace"},
+        {"sampling": "fixed_without_replacement"},
+        {"sampling": "none"},
+        {"relation": "both"},
+        {"expected_batch_size": 0},
+        {"noise_multiplier": float("inf")},
+    ],
+)
+def test_a_mechanism_that_nothing_here_runs_is_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        mechanism(**fields)
+
+
 def test_key_and_mechanism_in_the_wrong_order_are_told():
     with pytest.raises(TypeError, match=r"mechanism to be a dpfunc\.DPSGD, got Tensor"):
         clip_and_noise(torch.zeros(2, 3), mechanism(), random.key(0))

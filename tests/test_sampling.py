@@ -186,9 +186,9 @@ def test_a_collate_function_that_makes_more_rows_than_examples_is_refused():
     def first(rows):
         return torch.stack([rows[0]["x"]])
 
-    with pytest.raises(ValueError, match="one row for each of 1 examples, got 2"):
+    with pytest.raises(ValueError, match="one row for each example"):
         poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=both_signs)
-    with pytest.raises(ValueError, match=r"one row for each of \d+ examples, got 1"):
+    with pytest.raises(ValueError, match="one row for each example"):
         next(poisson_batches(Rows(60), KEY, mechanism(), num_steps=1, collate=first))
 
 

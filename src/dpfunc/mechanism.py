@@ -74,6 +74,7 @@ class DPSGD:
         size = _checks.positive(expected_batch_size=self.expected_batch_size)
         object.__setattr__(self, "expected_batch_size", size)
         _checks.choice(("gaussian",), mechanism=self.mechanism)
+        _checks.choice(("poisson", "truncated_poisson", "none"), sampling=self.sampling)
         event = StepEvent(
             noise_multiplier=0.0,
             sampling_prob=self.sampling_prob,

@@ -142,7 +142,7 @@ def clip_and_sum(
     grads = trees.map(_raised, grads)
     size = sum(leaf[:1].numel() for leaf in trees.leaves(grads))
     norms = trees.map(lambda leaf: _norm_bound(leaf, rule.order, size), grads)
-    total = trees.root_sum_squares(trees.leaves(norms))
+    total = _total(rule, norms)
     keep = total.isfinite() if mask is None else total.isfinite() & mask
     norms = trees.map(lambda norm: torch.where(keep, norm, 0.0), norms)
     scales = _kept_to_promise(rule, norms, _scales(rule, norms, num))
@@ -177,6 +177,12 @@ def _norm_bound(leaf: Tensor, order: int, size: int) -> Tensor:
     return norm * unit * (1.0 + 2 * (size + 64) * _DOUBLE_ROUNDOFF)
 
 
+def _total(rule: ClippingRule, norms: Tree) -> Tensor:
+    """The norm over all leaves, from the norm of each."""
+    each = trees.leaves(norms)
+    return torch.stack(each).sum(0) if rule.order == 1 else trees.root_sum_squares(each)
+
+
 def _scales(rule: ClippingRule, norms: Tree, num: int) -> Tree:
     """The rule's scales for each row; the rule sees one row at a time."""
     if isinstance(rule, FlatClipping) or num == 0:  # known to treat rows apart; vmap refuses 0
@@ -202,8 +208,7 @@ def _kept_to_promise(rule: ClippingRule, norms: Tree, scales: Tree) -> Tree:
         scales,
         norms,
     )
-    products = trees.leaves(trees.map(torch.mul, scales, norms))
-    total = torch.stack(products).sum(0) if rule.order == 1 else trees.root_sum_squares(products)
+    total = _total(rule, trees.map(torch.mul, scales, norms))
     shrink = torch.where(total > rule.sensitivity, rule.sensitivity / total, 1.0)
     return trees.map(lambda s: s * shrink, scales)
 

@@ -148,10 +148,10 @@ def _source(
 def _collated(data: Any, indices: list[int], collate: Callable[[list[Any]], Tree]) -> Tree:
     """The examples as one tree of tensors, one row for each: more would be more than one's share."""
     found = trees.map(_as_tensor, collate(_examples(data, indices)))
-    rows = trees.batch_size(found, "collate(examples)")
-    if rows != len(indices):
+    if trees.batch_size(found, "collate(examples)") != len(indices):
+        # Without the two numbers: how many examples were drawn is private.
         raise ValueError(
-            f"Expected collate to return one row for each of {len(indices)} examples, got {rows}. "
+            "Expected collate to return one row for each example, got another number of rows. "
             "Several rows of one example would each be clipped apart: average them in the loss."
         )
     return found
