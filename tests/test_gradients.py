@@ -40,7 +40,7 @@ def loop_grads(loss, params, data, num):
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def assert_trees_close(a, b, rtol=2e-5, atol=1e-6):
+def assert_trees_close(a, b, rtol=2e-5, atol=2e-5):
     for x, y in zip(trees.leaves(a), trees.leaves(b), strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, check_dtype=False)
 

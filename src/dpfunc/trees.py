@@ -72,6 +72,20 @@ def rows(tree: Tree, begin: int, end: int) -> Tree:
     return optree.tree_map(lambda leaf: leaf[begin:end], tree)
 
 
+def numbered(tree: Tree) -> tuple[Tree, list[Any]]:
+    """The tree with a number for each leaf, and the leaves by number.
+
+    Numbers follow the order of `map`, which under torch.compile is not that of `leaves`.
+    """
+    found: list[Any] = []
+
+    def number(leaf: Any) -> int:
+        found.append(leaf)
+        return len(found) - 1
+
+    return map(number, tree), found
+
+
 def root_sum_squares(norms: list[Tensor]) -> Tensor:
     """The L2 norm over a list of equal-shaped norms, without overflow or underflow."""
     stacked = torch.stack(norms)

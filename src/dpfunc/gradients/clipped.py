@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpfunc import _checks, random, trees
+from dpfunc.gradients import bookkeeping
 from dpfunc.gradients.clipping import (
     Clipped,
     ClippedWithAux,
@@ -19,7 +20,7 @@ from dpfunc.gradients.clipping import (
 from dpfunc.gradients.per_sample import batched_grads, check_arguments, refuse_keywords
 from dpfunc.typing import ClippingRule, Key, Loss, Tree
 
-METHODS = ("auto", "vmap")
+METHODS = ("auto", "vmap", "bookkeeping")
 
 
 def clipped_grad(
@@ -62,7 +63,9 @@ def clipped_grad(
     _checks.choice(METHODS, method=method)
     if chunk_size is not None:
         _checks.integer(at_least=1, chunk_size=chunk_size)
-    grads_of = batched_grads(loss, has_aux, has_key, randomness, None)
+    by_vmap = _by_vmap(loss, rule, has_aux, has_key, randomness)
+    by_rules = _by_rules(loss, rule, has_aux, randomness, by_vmap if method == "auto" else None)
+    clipped_sum = by_vmap if method == "vmap" else by_rules
 
     def f(
         params: Tree,
@@ -77,15 +80,56 @@ def clipped_grad(
         check_mask(mask, num)
         keys = None if key is None else random.split(key, num)
         size = chunk_size or max(num, 1)
-        parts = []
-        for begin in range(0, max(num, 1), size):
-            chunk, chunk_keys, chunk_mask = trees.rows((data, keys, mask), begin, begin + size)
-            grads, aux = grads_of(params, chunk, chunk_keys)
-            parts.append((*clip_and_sum(grads, rule, mask=chunk_mask), aux))
+        parts = [
+            clipped_sum(params, *trees.rows((data, keys, mask), begin, begin + size))
+            for begin in range(0, max(num, 1), size)
+        ]
         sums, norms, auxes = zip(*parts, strict=True)
         total = trees.map(lambda *chunks: sum(chunks[1:], chunks[0]), *sums)
         if not has_aux:
             return Clipped(total, torch.cat(norms))
         return ClippedWithAux(total, torch.cat(norms), trees.map(lambda *a: torch.cat(a), *auxes))
+
+    return f
+
+
+_ClippedSum = Callable[[Tree, Tree, Tensor | None, Tensor | None], tuple[Tree, Tensor, Any]]
+"""`f(params, data, keys, mask) -> (sum, norms, aux)` for one chunk."""
+
+
+def _by_vmap(
+    loss: Loss, rule: ClippingRule, has_aux: bool, has_key: bool, randomness: str
+) -> _ClippedSum:
+    grads_of = batched_grads(loss, has_aux, has_key, randomness, None)
+
+    def f(params: Tree, data: Tree, keys: Tensor | None, mask: Tensor | None) -> Any:
+        grads, aux = grads_of(params, data, keys)
+        return (*clip_and_sum(grads, rule, mask=mask), aux)
+
+    return f
+
+
+def _by_rules(
+    loss: Loss, rule: ClippingRule, has_aux: bool, randomness: str, otherwise: _ClippedSum | None
+) -> _ClippedSum:
+    """By book-keeping; a loss that no rule serves goes to `otherwise`."""
+    plan_of = bookkeeping.planner(loss, has_aux)
+
+    def f(params: Tree, data: Tree, keys: Tensor | None, mask: Tensor | None) -> Any:
+        if trees.batch_size(data, "data") == 0:
+            # vmap refuses an empty axis: one blank example, masked.
+            blank, blank_keys = trees.map(
+                lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), (data, keys)
+            )
+            nobody = torch.zeros(1, dtype=torch.bool, device=trees.leaves(params)[0].device)
+            sums, norms, aux = f(params, blank, blank_keys, nobody)
+            return sums, norms[:0], trees.rows(aux, 0, 0)
+        arguments = (data,) if keys is None else (data, keys)
+        plan = plan_of(params, arguments)
+        if otherwise is not None and not plan.sightings:
+            return otherwise(params, data, keys, mask)
+        return bookkeeping.clipped_sum(
+            loss, has_aux, rule, randomness, plan, params, arguments, mask
+        )
 
     return f

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from dpfunc import trees
+from dpfunc.gradients.norms import DOUBLE_ROUNDOFF, raised
 from dpfunc.mechanism import OR_A_RULE, check_rule, check_sensitivity
 from dpfunc.typing import ClippingRule, Tree
 
-_DOUBLE_ROUNDOFF = 2.0**-53
 _SMALLEST_NORM = 1e-290
 
 
@@ -139,15 +139,21 @@ def clip_and_sum(
     trees.check_floating(grads, "grads", "Differentiate with respect to floating-point parameters.")
     num = trees.batch_size(grads, "grads")
     check_mask(mask, num)
-    grads = trees.map(_raised, grads)
+    grads = trees.map(raised, grads)
     size = sum(leaf[:1].numel() for leaf in trees.leaves(grads))
     norms = trees.map(lambda leaf: _norm_bound(leaf, rule.order, size), grads)
+    scales, keep, total = decide(rule, norms, mask)
+    summed = trees.map(lambda leaf, scale: _scaled(leaf, scale, keep).sum(0), grads, scales)
+    return Clipped(summed, total)
+
+
+def decide(rule: ClippingRule, norms: Tree, mask: Tensor | None) -> tuple[Tree, Tensor, Tensor]:
+    """From upper bounds on the norms: the scales, which examples count at all, and what to report."""
     total = _total(rule, norms)
     keep = total.isfinite() if mask is None else total.isfinite() & mask
     norms = trees.map(lambda norm: torch.where(keep, norm, 0.0), norms)
-    scales = _kept_to_promise(rule, norms, _scales(rule, norms, num))
-    summed = trees.map(lambda leaf, scale: _scaled(leaf, scale, keep).sum(0), grads, scales)
-    return Clipped(summed, total if mask is None else torch.where(mask, total, 0.0))
+    scales = _kept_to_promise(rule, norms, _scales(rule, norms, len(total)))
+    return scales, keep, total if mask is None else torch.where(mask, total, 0.0)
 
 
 def check_mask(mask: Tensor | None, num: int) -> None:
@@ -161,10 +167,6 @@ def check_mask(mask: Tensor | None, num: int) -> None:
         raise ValueError(f"Expected mask of shape ({num},), got {tuple(mask.shape)}.")
 
 
-def _raised(leaf: Tensor) -> Tensor:
-    return leaf if leaf.dtype == torch.float64 else leaf.to(torch.float32)
-
-
 def _norm_bound(leaf: Tensor, order: int, size: int) -> Tensor:
     """An upper bound on the norm of each row, in float64; step 1 of the proof above."""
     flat = leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1)
@@ -174,7 +176,7 @@ def _norm_bound(leaf: Tensor, order: int, size: int) -> Tensor:
         unit = torch.where(largest > 0, largest, 1.0)
         flat = flat / unit.unsqueeze(1)
     norm = torch.linalg.vector_norm(flat, ord=order, dim=1, dtype=torch.float64)
-    return norm * unit * (1.0 + 2 * (size + 64) * _DOUBLE_ROUNDOFF)
+    return norm * unit * (1.0 + 2 * (size + 64) * DOUBLE_ROUNDOFF)
 
 
 def _total(rule: ClippingRule, norms: Tree) -> Tensor:
@@ -215,9 +217,14 @@ def _kept_to_promise(rule: ClippingRule, norms: Tree, scales: Tree) -> Tree:
 
 def _scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
     """The contributions of the rows; steps 2 and 3 of the proof above."""
-    finfo = torch.finfo(leaf.dtype)
-    lowered = torch.where(scale == 1.0, scale, scale * (1.0 - 4 * finfo.eps))  # eps is 2 u
-    lowered = torch.where(lowered < 2 * finfo.tiny, 0.0, lowered)
-    lowered = lowered.clamp(max=finfo.max).to(leaf.dtype)
     shape = (-1,) + (1,) * (leaf.ndim - 1)
-    return torch.where(keep.reshape(shape), leaf * lowered.reshape(shape), 0.0)
+    factor = lowered(scale, leaf.dtype).reshape(shape)
+    return torch.where(keep.reshape(shape), leaf * factor, 0.0)
+
+
+def lowered(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale in the format of the gradients, with room for what rounding adds; step 2 above."""
+    finfo = torch.finfo(dtype)
+    low = torch.where(scale == 1.0, scale, scale * (1.0 - 4 * finfo.eps))  # eps is 2 u
+    low = torch.where(low < 2 * finfo.tiny, 0.0, low)
+    return low.clamp(max=finfo.max).to(dtype)

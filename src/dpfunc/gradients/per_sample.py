@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpfunc import _checks, random, trees
 from dpfunc.typing import Key, Loss, Tree
@@ -85,7 +86,7 @@ def batched_grads(
         _checks.integer(at_least=1, chunk_size=chunk_size)
     in_dims = (None, 0, 0) if has_key else (None, 0)
     batched = vmap(
-        grad(_checked(loss, has_aux), has_aux=True),
+        grad(checked(loss, has_aux), has_aux=True),
         in_dims,
         randomness=randomness,
         chunk_size=chunk_size,
@@ -124,10 +125,13 @@ def refuse_keywords(unexpected: dict[str, Any]) -> None:
         )
 
 
-def _checked(loss: Loss, has_aux: bool) -> Callable[..., tuple[Tensor, Any]]:
-    def checked(params: Tree, example: Tree, *key: Key) -> tuple[Tensor, Any]:
+def checked(loss: Loss, has_aux: bool) -> Callable[..., tuple[Tensor, Any]]:
+    """The loss, returning (scalar, aux), with what torch and users get wrong told apart."""
+
+    def loss_and_aux(params: Tree, example: Tree, *key: Key) -> tuple[Tensor, Any]:
         try:
-            result = loss(params, example, *key)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels run example by example in vmap
+                result = loss(params, example, *key)
         except RuntimeError as error:
             if "randomness" not in str(error):
                 raise
@@ -144,7 +148,7 @@ def _checked(loss: Loss, has_aux: bool) -> Callable[..., tuple[Tensor, Any]]:
             )
         return value, aux
 
-    return checked
+    return loss_and_aux
 
 
 def _refuse(expected: str, got: Any, advice: str) -> NoReturn:
