@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from dpfunc.gradients import (
         Clipped,
         ClippedWithAux,
+        Explanation,
         FlatClipping,
         clip_and_sum,
         clipped_grad,
+        explain,
         per_sample_grads,
+        register_rule,
     )
     from dpfunc.mechanism import DPSGD
     from dpfunc.models import functional_loss
@@ -50,7 +53,10 @@ _ROOMS = {
         "epsilon read_log write_log"
     ),
     "events": "Log StepEvent append",
-    "gradients": "Clipped ClippedWithAux FlatClipping clip_and_sum clipped_grad per_sample_grads",
+    "gradients": (
+        "Clipped ClippedWithAux Explanation FlatClipping clip_and_sum clipped_grad explain "
+        "per_sample_grads register_rule"
+    ),
     "mechanism": "DPSGD",
     "models": "functional_loss",
     "sampling": "Batch poisson_batches poisson_indices",
@@ -66,6 +72,7 @@ __all__ = [
     "Clipped",
     "ClippedWithAux",
     "ClippingRule",
+    "Explanation",
     "FlatClipping",
     "Log",
     "PartialEvent",
@@ -83,6 +90,7 @@ __all__ = [
     "clipped_grad",
     "delta",
     "epsilon",
+    "explain",
     "functional_loss",
     "make_dp_step",
     "make_train_step",
@@ -94,6 +102,7 @@ __all__ = [
     "private_grad",
     "random",
     "read_log",
+    "register_rule",
     "testing",
     "write_log",
 ]

@@ -38,7 +38,7 @@ class PlanMismatch(RuntimeError):
     """The loss did not call what it called in its abstract run."""
 
 
-def planner(loss: Loss, has_aux: bool) -> Callable[[Tree, Tree], Plan]:
+def planner(loss: Loss, has_aux: bool) -> Callable[..., Plan]:
     """`plan(params, arguments)` for batched arguments, made once for each signature of shapes."""
 
     @lru_cache(maxsize=64)
@@ -78,14 +78,14 @@ def clipped_sum(
     mask: Tensor | None,
 ) -> tuple[Tree, Tensor, Any]:
     """(sum, norms, aux) for a loss, its plan and batched arguments with B >= 1."""
+    num = trees.batch_size(arguments, "data")
     skeleton, leaves = trees.numbered(trees.map(Tensor.detach, params))
     with torch.no_grad():
-        gradients, aux = _gradients(
+        found, aux = factored_gradients(
             checked(loss, has_aux), plan, leaves, skeleton, arguments, randomness
         )
         with torch.autocast(leaves[0].device.type, enabled=False):
-            blocks = [_chosen(parts, rule.order) for parts in gradients]
-            num = trees.batch_size(arguments, "data")
+            blocks = [_chosen(parts, rule.order) for parts in found]
             bounds = trees.map(lambda i: _norm(blocks[i], rule, num, leaves[i]), skeleton)
             scales, keep, total = decide(rule, bounds, mask)
             sums = trees.map(
@@ -100,7 +100,7 @@ Blocks = list[tuple[Region | None, Any]]
 """The gradient of one parameter by regions: factors of it, or (B, *size) for each example."""
 
 
-def _gradients(
+def factored_gradients(
     loss: Callable[..., tuple[Tensor, Any]],
     plan: Plan,
     leaves: list[Tensor],
@@ -109,10 +109,7 @@ def _gradients(
     randomness: str,
 ) -> tuple[list[Blocks], Any]:
     """One pass forward and one back: the gradient of every parameter in blocks, and the aux."""
-    by_call: dict[int, list[Sighting]] = {}
-    for sighting in plan.sightings:
-        by_call.setdefault(sighting.call, []).append(sighting)
-    place = {call: i for i, call in enumerate(by_call)}
+    tapped = _by_call(plan)
     others = [i for i, reason in enumerate(plan.reasons) if reason]
     rules: list[Rule] = []
 
@@ -124,16 +121,14 @@ def _gradients(
         recorded: list[tuple[Tensor, ...]] = []
 
         def visit(func: Any, rule: Rule, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            call = len(names)
+            tap, sightings = tapped.get(len(names), (0, []))
             names.append(func.__name__)
-            if call not in by_call:
-                return output
-            for sighting in by_call[call]:
+            for sighting in sightings:
                 use = rule.uses(*args, **kwargs)[sighting.use]
                 _check_same(sighting, use, output, full[sighting.leaf])
                 recorded.append(use.inputs)
                 rules.append(rule)
-            return output + taps[place[call]]
+            return output + taps[tap] if sightings else output
 
         with Calls(visit):
             value, aux = loss(trees.map(full.__getitem__, skeleton), *arguments)
@@ -141,10 +136,10 @@ def _gradients(
             raise PlanMismatch(_MISMATCH)
         return value, (aux, recorded)
 
-    num = trees.batch_size(arguments, "data")
+    num, device = trees.batch_size(arguments, "data"), leaves[0].device
     taps = [
-        torch.zeros((), dtype=first.dtype, device=leaves[0].device).expand(num, *first.shape)
-        for first, *_ in by_call.values()
+        torch.zeros((), dtype=first.dtype, device=device).expand(num, *first.shape)
+        for _, (first, *_) in tapped.values()
     ]
     differentiated = vmap(
         grad(per_example, argnums=(0, 1), has_aux=True), (0, None, 0), randomness=randomness
@@ -152,23 +147,26 @@ def _gradients(
     (output_grads, rest), (aux, recorded) = differentiated(
         taps, [leaves[i] for i in others], arguments
     )
-    gradients: list[Blocks] = [[] for _ in leaves]
-    for i, leaf in zip(others, rest, strict=True):
-        gradients[i] = [(None, norms.raised(leaf))]
+    blocks: list[Blocks] = [[] for _ in leaves]
+    for i, grads in zip(others, rest, strict=True):
+        blocks[i] = [(None, norms.raised(grads))]
     factors: dict[tuple[int, Region | None], list[Any]] = {}
     for sighting, rule, inputs in zip(plan.sightings, rules, recorded, strict=True):
-        use = Use(
-            leaves[sighting.leaf],
-            tuple(norms.raised(x) if x.is_floating_point() else x for x in inputs),
-            sighting.constants,
-        )
-        made = rule.factors(use, norms.raised(output_grads[place[sighting.call]]))
-        made = made.transposed() if sighting.transposed else made
+        tap, _ = tapped[sighting.call]
+        made = _factors(sighting, rule, inputs, output_grads[tap], leaves[sighting.leaf])
         factors.setdefault((sighting.leaf, sighting.region), []).append(made)
     for (i, region), parts in factors.items():
         size = tuple(leaves[i].shape) if region is None else region.size
-        gradients[i].append((region, combine(parts, size)))
-    return gradients, aux
+        blocks[i].append((region, combine(parts, size)))
+    return blocks, aux
+
+
+def _by_call(plan: Plan) -> dict[int, tuple[int, list[Sighting]]]:
+    """For each call with a tap: which tap, and the sightings there."""
+    tapped: dict[int, tuple[int, list[Sighting]]] = {}
+    for sighting in plan.sightings:
+        tapped.setdefault(sighting.call, (len(tapped), []))[1].append(sighting)
+    return tapped
 
 
 def _check_same(sighting: Sighting, use: Use, output: Tensor, leaf: Tensor) -> None:
@@ -180,6 +178,15 @@ def _check_same(sighting: Sighting, use: Use, output: Tensor, leaf: Tensor) -> N
     )
     if not same:
         raise PlanMismatch(_MISMATCH)
+
+
+def _factors(
+    sighting: Sighting, rule: Rule, inputs: tuple[Tensor, ...], output_grads: Tensor, leaf: Tensor
+) -> Any:
+    raised = tuple(norms.raised(x) if x.is_floating_point() else x for x in inputs)
+    seen = leaf if sighting.region is None else torch.as_strided(leaf, *sighting.region)
+    factors = rule.factors(Use(seen, raised, sighting.constants), norms.raised(output_grads))
+    return factors.transposed() if sighting.transposed else factors
 
 
 def _chosen(blocks: Blocks, order: int) -> Blocks:
@@ -211,8 +218,11 @@ def _sum(blocks: Blocks, scale: Tensor, leaf: Tensor) -> Tensor:
     scale = lowered(scale, total.dtype)
     for region, part in blocks:
         if isinstance(part, Tensor):
-            finite = part.flatten(1) if part.ndim > 1 else part.unsqueeze(1)
-            block = (scale @ finite.nan_to_num(0.0, 0.0, 0.0)).reshape(part.shape[1:])
+            finite = part.nan_to_num(0.0, 0.0, 0.0)
+            if part.ndim > 2:
+                block = (scale @ finite.flatten(1)).reshape(part.shape[1:])
+            else:  # vectors: the compiler fuses it with what made them
+                block = (finite.T * scale).T.sum(0) if part.ndim == 2 else (finite * scale).sum(0)
         else:
             block = part.weighted_sum(scale)
         if region is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,8 +129,12 @@ def _by_rules(
         plan = plan_of(params, arguments)
         if otherwise is not None and not plan.sightings:
             return otherwise(params, data, keys, mask)
-        return bookkeeping.clipped_sum(
-            loss, has_aux, rule, randomness, plan, params, arguments, mask
-        )
+        run = partial(bookkeeping.clipped_sum, loss, has_aux, rule, randomness)
+        if torch.compiler.is_compiling():  # the plan is of this very trace
+            return run(plan, params, arguments, mask)
+        try:
+            return run(plan, params, arguments, mask)
+        except bookkeeping.PlanMismatch:  # an old plan: a module went from train to eval, say
+            return run(plan_of(params, arguments, afresh=True), params, arguments, mask)
 
     return f

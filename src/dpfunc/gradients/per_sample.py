@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,11 +15,32 @@ from dpfunc import _checks, random, trees
 from dpfunc.typing import Key, Loss, Tree
 
 RANDOMNESS = ("error", "different", "same")
-_RANDOM = (
-    "Expected a loss that draws nothing from torch's global generator (randomness='error'), got a "
-    "random operation. For a module with dropout: functional_loss(..., has_key=True), and has_key=True "
-    "here; that reaches nn.Dropout and F.dropout, not dropout inside attention: set that to 0."
+_BRANCH = (
+    "Expected a loss whose operations do not depend on the values of tensors, got a branch or an "
+    ".item(){place}. Use torch.where in place of if, and shapes in place of .item()."
 )
+_TOLD_APART = (
+    (
+        "randomness",
+        "Expected a loss that draws nothing from torch's global generator (randomness='error'), got a "
+        "random operation{place}. For a module with dropout: functional_loss(..., has_key=True), and "
+        "has_key=True here.",
+    ),
+    ("data-dependent", _BRANCH),
+    ("DataDependent", _BRANCH),
+    (
+        "in-place",
+        "Expected a loss that changes nothing outside it, got an in-place write to a tensor that it "
+        "closes over{place} (running statistics?). Freeze the layer with .eval(), or return the new "
+        "value with has_aux=True.",
+    ),
+    (
+        "saved tensor hooks",
+        "Expected a loss without activation checkpointing, got a checkpoint{place}: torch.func cannot "
+        "differentiate it. To bound memory use chunk_size.",
+    ),
+)
+"""What torch's errors contain, and what to say in their place."""
 
 
 def per_sample_grads(
@@ -133,9 +155,12 @@ def checked(loss: Loss, has_aux: bool) -> Callable[..., tuple[Tensor, Any]]:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels run example by example in vmap
                 result = loss(params, example, *key)
         except RuntimeError as error:
-            if "randomness" not in str(error):
-                raise
-            raise RuntimeError(_RANDOM) from error
+            seen = f"{type(error).__name__}: {error}"
+            for words, message in _TOLD_APART:
+                if words in seen:
+                    place = module_path(error)
+                    raise RuntimeError(message.format(place=place)) from error
+            raise
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             _refuse("loss to return (scalar, aux) with has_aux=True", result, "")
         value, aux = result if has_aux else (result, ())
@@ -149,6 +174,19 @@ def checked(loss: Loss, has_aux: bool) -> Callable[..., tuple[Tensor, Any]]:
         return value, aux
 
     return loss_and_aux
+
+
+def module_path(error: BaseException) -> str:
+    """` in module 'blocks.0.norm' (LayerNorm)`, from the frames of a traceback; empty without one."""
+    modules = [
+        frame.f_locals["self"]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if isinstance(frame.f_locals.get("self"), nn.Module)
+    ]
+    if not modules:
+        return ""
+    names = {id(module): name for name, module in modules[0].named_modules()}
+    return f" in module {names.get(id(modules[-1]), '?')!r} ({type(modules[-1]).__name__})"
 
 
 def _refuse(expected: str, got: Any, advice: str) -> NoReturn:

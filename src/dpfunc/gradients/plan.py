@@ -10,7 +10,6 @@ each example. Shapes alone decide, so one plan serves every batch of one signatu
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
 from torch.overrides import TorchFunctionMode
 
 from dpfunc.gradients.layers import RULES, Rule, Use, expanded
@@ -63,6 +62,8 @@ class Plan(NamedTuple):
     sightings: tuple[Sighting, ...]
     reasons: tuple[str, ...]
     """For each parameter why it is differentiated for each example; empty where rules serve it."""
+    ops: tuple[tuple[str, ...], ...]
+    """For each parameter the ops that take it or a view of it, in order."""
 
 
 class Calls(TorchFunctionMode):
@@ -96,9 +97,8 @@ def make_plan(loss: Loss, has_aux: bool, skeleton: Tree, shapes: tuple[Shape, ..
     """The plan for a loss. skeleton: (params, *arguments of one example), a number for each tensor.
 
     Raises:
-        RuntimeError: the loss branches on the values of tensors.
-        ValueError: no parameter reaches the loss, or the loss changes a tensor it closes over or
-            uses the statistics of a batch.
+        RuntimeError: the loss branches on values, or changes a tensor that it closes over.
+        ValueError: no parameter reaches the loss, or it uses the statistics of a batch.
     """
     with (
         torch.inference_mode(False),
@@ -115,12 +115,8 @@ def make_plan(loss: Loss, has_aux: bool, skeleton: Tree, shapes: tuple[Shape, ..
         try:
             with trace:
                 value, _ = checked(loss, has_aux)(params, *arguments)
-        except DataDependentOutputException as error:
-            raise RuntimeError(
-                "Expected a loss whose operations do not depend on the values of tensors, got "
-                f"{error.func}{module_path(error)}. Use torch.where in place of if, and shapes in "
-                "place of .item()."
-            ) from error
+        except UnsupportedFakeTensorException as error:
+            return Plan((), (), (f"cannot be traced: {error}",) * count, ((),) * count)
         if value.grad_fn is None:
             raise ValueError(
                 "Expected a loss that depends on params, got one that uses none of them. Does it call "
@@ -128,20 +124,6 @@ def make_plan(loss: Loss, has_aux: bool, skeleton: Tree, shapes: tuple[Shape, ..
                 "does not."
             )
         return trace.plan(value)
-
-
-def module_path(error: BaseException) -> str:
-    """` in module 'blocks.0.norm' (LayerNorm)`, from the frames of a traceback; empty without one."""
-    modules = []
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and (not modules or modules[-1] is not module):
-            modules.append(module)
-    if not modules:
-        return ""
-    names = {id(module): name for name, module in modules[0].named_modules()}
-    last = modules[-1]
-    return f" in module {names.get(id(last), '?')!r} ({type(last).__name__})"
 
 
 class _Seen(NamedTuple):
@@ -161,10 +143,21 @@ class _Trace(Calls):
         self.owners = {_storage(leaf): i for i, leaf in enumerate(leaves)}
         self.names: list[str] = []
         self.seen: list[_Seen] = []
+        self.ops: list[list[str]] = [[] for _ in leaves]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _refuse(func, args, kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        for leaf in {self._owner(t) for t in _tensors((args, kwargs))} - {None}:
+            if name != "__get__" and expanded(func) is None:
+                self.ops[leaf].append(name)
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _owner(self, tensor: Tensor) -> int | None:
+        """Which parameter a tensor is, or is a view of."""
+        if is_functorch_wrapped_tensor(tensor) or not isinstance(tensor, FakeTensor):
+            return None
+        return self.owners.get(_storage(tensor))
 
     def _visit(self, func: Any, rule: Rule, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         self.names.append(func.__name__)
@@ -179,12 +172,10 @@ class _Trace(Calls):
         return output + 0 if found else output
 
     def _sight(self, rule: Rule, i: int, use: Use, arguments: Any, output: Tensor) -> _Seen | None:
-        if not use.weight.requires_grad or is_functorch_wrapped_tensor(use.weight):
-            return None
-        leaf = self.owners.get(_storage(use.weight))
-        others = [t for t in optree.tree_leaves(arguments) if isinstance(t, Tensor)]
+        leaf = self._owner(use.weight)
+        others = _tensors(arguments)
         onward = [t for t in others if t is not use.weight]
-        if leaf is None or len(onward) != len(others) - 1:
+        if leaf is None or not use.weight.requires_grad or len(onward) != len(others) - 1:
             return None
         region, transposed = _region(use.weight)
         if region is None or (transposed and not rule.transposable):
@@ -209,14 +200,16 @@ class _Trace(Calls):
             seen = [s for s in self.seen if s.sighting.leaf == i]
             reason = ""
             if id(leaf) in reached:
-                reason = "meets an op without a rule"
+                reason = (
+                    "an op that it meets has no rule" if leaf.ndim > 1 else "as small as outputs"
+                )
             elif any(t._version != version for s in seen for t, version in s.versions):
                 reason = "an op's input is changed in place afterwards"
             elif _overlap({s.sighting.region for s in seen}, leaf.numel()):
                 reason = "is met through overlapping views"
             reasons.append(reason)
         kept = [s.sighting for s in self.seen if not reasons[s.sighting.leaf]]
-        return Plan(tuple(self.names), tuple(kept), tuple(reasons))
+        return Plan(tuple(self.names), tuple(kept), tuple(reasons), tuple(map(tuple, self.ops)))
 
     def _reached_without_rules(self, value: Tensor) -> set[int]:
         """Walk the autograd graph back from the loss, leaping over the weights that rules serve."""
@@ -243,6 +236,10 @@ class _Trace(Calls):
             else:
                 todo.extend(child for child, _ in node.next_functions)
         return reached
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -293,12 +290,9 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> None:
             )
     in_place = name.endswith("_") and not name.endswith("__")
     first = args[0] if args else None
-    if in_place and isinstance(first, Tensor) and type(first) in (Tensor, nn.Parameter):
-        raise ValueError(
-            f"Expected a loss that changes nothing outside it, got {name} on a tensor of shape "
-            f"{tuple(first.shape)} that the loss closes over (a buffer?). Return a new value through "
-            "has_aux=True in its place."
-        )
+    captured = type(first) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(first)
+    if in_place and captured:  # not one that the loss made
+        raise RuntimeError(f"in-place {name} on a captured tensor of shape {tuple(first.shape)}")
 
 
 _BATCH_NORM = inspect.signature(F.batch_norm)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dpfunc import trees
-from dpfunc.gradients import clip_and_sum
-from dpfunc.typing import ClippingRule, Tree
+from dpfunc.gradients import clip_and_sum, clipped_grad
+from dpfunc.typing import ClippingRule, Loss, Tree
 
 
 def exact_norm(tree: Tree, order: int = 2) -> float:
@@ -134,6 +135,71 @@ def clipping_is_idempotent(grads: Tree, clipping: float | ClippingRule) -> None:
             a.equal(b) for a, b in zip(trees.leaves(once), trees.leaves(twice), strict=True)
         ):
             raise AssertionError(f"clipping {once!r} again gives {twice!r}")
+
+
+def methods_agree(
+    loss: Loss,
+    params: Tree,
+    data: Tree,
+    clipping: float | ClippingRule,
+    *,
+    methods: Sequence[str] = ("vmap", "bookkeeping"),
+    rtol: float = 2e-4,
+) -> None:
+    """Every method gives the clipped sum and the norms of a float64 loop over single examples.
+
+    The sums differ from it by at most rtol of their norm; no norm is below the loop's by more.
+    """
+    wide, wide_data = trees.map(_wide, params), trees.map(_wide, data)
+    num = trees.batch_size(data, "data")
+    rows = [
+        torch.func.grad(loss)(wide, trees.map(lambda leaf, i=i: leaf[i], wide_data))
+        for i in range(num)
+    ]
+    expected = clip_and_sum(trees.map(lambda *each: torch.stack(each), *rows), clipping)
+    size = exact_norm(expected.sum)
+    for method in methods:
+        got = clipped_grad(loss, clipping, method=method)(params, data)
+        off = exact_norm(trees.map(lambda a, b: a.double() - b, got.sum, expected.sum))
+        if not off <= rtol * size:
+            raise AssertionError(
+                f"method {method!r} gives a sum that differs by {off / size:.2e} of its norm from a "
+                f"float64 loop: {got.sum!r} against {expected.sum!r}"
+            )
+        if not bool((got.norms >= expected.norms * (1 - rtol)).all()):
+            raise AssertionError(
+                f"method {method!r} says norms {got.norms!r}, below the true {expected.norms!r}"
+            )
+
+
+def losses_contribution_is_bounded(
+    loss: Loss,
+    params: Tree,
+    data: Tree,
+    clipping: float | ClippingRule,
+    *,
+    method: str = "auto",
+) -> float:
+    """No example of the data adds a vector of norm above the sensitivity, as computed, exactly.
+
+    Returns the largest ratio of norm to sensitivity that was seen.
+    """
+    sensitivity, order = _promise(clipping)
+    clipped, worst = clipped_grad(loss, clipping, method=method), 0.0
+    for row in range(trees.batch_size(data, "data")):
+        example = trees.rows(data, row, row + 1)
+        norm = exact_norm(clipped(params, example).sum, order)
+        if not norm <= sensitivity:
+            raise AssertionError(
+                f"method {method!r}: example {example!r} contributes a vector of norm {norm!r}, above "
+                f"the sensitivity {sensitivity!r}"
+            )
+        worst = max(worst, norm / sensitivity)
+    return worst
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.double() if leaf.is_floating_point() else leaf
 
 
 def _column(mask: Tensor, leaf: Tensor) -> Tensor:

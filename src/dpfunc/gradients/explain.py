@@ -1,0 +1,146 @@
+"""Why a model costs what it costs: the path that each parameter's gradient takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dpfunc import trees
+from dpfunc.gradients import bookkeeping
+from dpfunc.gradients.layers import INSTANTIATED, cheapest
+from dpfunc.gradients.per_sample import check_arguments, checked
+from dpfunc.typing import Key, Loss, Tree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """How the clipped sum of one parameter is made."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    ops: tuple[str, ...]
+    """The ops that take it or a view of it."""
+    path: str
+    """"factors" of some form, or "per-sample": every example's gradient is made."""
+    reason: str
+    """Why not by a rule; empty where there is one."""
+    flops: float
+    """Floating-point operations of its norm and clipped sum, a float64 product counted twice."""
+    bytes: float
+    """Memory written and read for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A row for each parameter; prints as a table."""
+
+    paths: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "ops", "path", "MFLOP", "MB", "")
+        rows = [
+            (
+                p.parameter,
+                " x ".join(map(str, p.shape)),
+                ", ".join(dict.fromkeys(p.ops)),
+                p.path,
+                f"{p.flops / 1e6:.1f}",
+                f"{p.bytes / 1e6:.1f}",
+                p.reason,
+            )
+            for p in self.paths
+        ]
+        total = (
+            "total",
+            "",
+            "",
+            "",
+            *(f"{sum(float(r[i]) for r in rows):.1f}" for i in (4, 5)),
+            "",
+        )
+        widths = [max(map(len, column)) for column in zip(head, *rows, total, strict=True)]
+        right = (4, 5)
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if i in right else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *rows, total)
+        )
+
+
+def explain(
+    loss: Loss,
+    params: Tree,
+    data: Tree,
+    *,
+    key: Key | None = None,
+    has_aux: bool = False,
+    has_key: bool = False,
+) -> Explanation:
+    """Say which path book-keeping takes for each parameter, and what it costs at this batch size.
+
+    Args:
+        loss, params, data, has_aux, has_key: as for `clipped_grad` and the function it returns. Only
+            shapes and dtypes matter: nothing is computed.
+        key: (8,), as for that function, with has_key.
+
+    Returns:
+        Explanation: print it for a table of parameters, the ops they meet, the path taken, FLOPs and
+        bytes. A parameter of a large "per-sample" row is what makes a model slow.
+
+    Guarantees:
+        params and data are not read: the paths depend on shapes alone.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `clipped_grad`'s function.
+
+    Source: Bu et al. 2023, arXiv:2210.00038.
+
+    >>> loss = lambda p, x: torch.nn.functional.linear(x, p["w"], p["b"]).square().sum()
+    >>> params = {"w": torch.zeros(4, 3), "b": torch.zeros(4)}
+    >>> print(explain(loss, params, torch.zeros(8, 3)))
+    parameter    shape  ops     path        MFLOP   MB
+    params['b']  4      linear  per-sample    0.0  0.0  meets an op without a rule
+    params['w']  4 x 3  linear  factors       0.0  0.0
+    total                                     0.0  0.0
+    """
+    num = check_arguments(params, data, key, has_key)
+    arguments = (data,) if key is None else (data, torch.stack([key] * num))
+    plan = bookkeeping.planner(loss, has_aux)(params, arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = trees.map(
+            lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), (params, *arguments)
+        )
+        skeleton, leaves = trees.numbered(fake[0])
+        gradients, _ = bookkeeping.factored_gradients(
+            checked(loss, has_aux), plan, leaves, skeleton, fake[1:], "different"
+        )
+    paths = []
+    for i, (name, leaf) in enumerate(trees.named_leaves(params, "params")):
+        each = [
+            ("per-sample", _materialised(num, leaf))
+            if isinstance(part, torch.Tensor)
+            else (form := cheapest(part.costs()), part.costs()[form])
+            for _, part in gradients[i]
+        ]
+        kinds = {"per-sample" if form in INSTANTIATED else "factors" for form, _ in each}
+        paths.append(
+            Path(
+                parameter=name,
+                shape=tuple(leaf.shape),
+                ops=plan.ops[i],
+                path=" and ".join(sorted(kinds)) or "unused",
+                reason=plan.reasons[i],
+                flops=sum(cost[0] for _, cost in each),
+                bytes=sum(cost[1] for _, cost in each),
+            )
+        )
+    return Explanation(tuple(paths))
+
+
+def _materialised(num: int, leaf: torch.Tensor) -> tuple[float, float]:
+    """A gradient for each example: written, read for its norm, read for the sum."""
+    return 4.0 * num * leaf.numel(), 12.0 * num * leaf.numel()

@@ -1,0 +1,629 @@
+"""Book-keeping: equal to a float64 loop for every layer, bounded where tokens cancel, in one pass."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.func import functional_call
+from torch.overrides import handle_torch_function, has_torch_function
+
+from dpfunc import clipped_grad, explain, functional_loss, random, register_rule
+from dpfunc.gradients import bookkeeping, layers
+from dpfunc.testing import laws
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:There is a performance drop"
+    ),  # ops that vmap runs one by one
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
+
+
+def draws(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def module_case(module, *inputs, batch=6, seed=0):
+    """(loss, params, data) of a module whose output is squared and weighted."""
+    draw = draws(seed)
+    for parameter in module.parameters():
+        parameter.data = draw(*parameter.shape) / math.sqrt(max(parameter.numel() // 8, 1))
+
+    def loss(params, example):
+        like = example[0].dtype
+        buffers = {n: b.to(like) for n, b in module.named_buffers() if b.is_floating_point()}
+        inputs = tuple(x.unsqueeze(0) for x in example)
+        out = functional_call(module, {**buffers, **params}, inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        weights = torch.linspace(-1, 1, out.numel(), dtype=like).reshape(out.shape)
+        return (torch.tanh(out) * weights).sum()
+
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    return loss, params, tuple(draw(batch, *size) for size in inputs)
+
+
+def case_linear_forms(p, x):
+    h = torch.tanh(x @ p["w1"].T + p["b1"]) + torch.matmul(x, p["w1"].mT)
+    h = h + F.linear(x, p["w1"], p["b1"]) + torch.addmm(p["b1"], x, p["w1"].t())
+    return (torch.mm(h, p["w2"].t()) * (p["w2"] @ h.T).T).sum()
+
+
+def case_matrix_times_vector(p, x):
+    return (p["w2"] @ torch.tanh(p["w1"] @ x[0] + p["b1"])).square().sum()
+
+
+def case_slices(p, x):
+    first, second = p["w1"].chunk(2)
+    return (F.linear(x, first).tanh() * F.linear(x, second)).sum() + p["w2"].sum() + p["b1"].sum()
+
+
+def case_overlapping_slices(p, x):
+    return (F.linear(x, p["w1"][:3]).tanh() * F.linear(x, p["w1"][2:5])).sum()
+
+
+def case_rule_and_no_rule(p, x):
+    return F.linear(x, p["w1"]).square().sum() + torch.einsum("ij,tj->ti", p["w1"], x).tanh().sum()
+
+
+def case_in_a_list(p, x):
+    return torch.stack([F.linear(x, p["w1"]), F.linear(x, p["w1"])]).square().sum() + (
+        torch.cat([p["w1"], p["w1"]]).square().sum()
+    )
+
+
+def case_cell_over_time(p, x):
+    h = x.new_zeros(5)
+    for t in range(x.shape[0]):
+        h = torch.tanh(F.linear(x[t], p["w1"][:5], p["b1"][:5]) + F.linear(h, p["u"]))
+    return h.square().sum()
+
+
+def case_no_grad_and_detach(p, x):
+    with torch.no_grad():
+        h = F.linear(x, p["w1"])
+    h = h + F.linear(x, p["w1"]).detach() + F.linear(x, p["w1"].detach())
+    return (h * F.linear(x, p["w1"]).tanh()).sum()
+
+
+def case_inner_vmap(p, x):
+    return (
+        torch.vmap(lambda row: F.linear(row, p["w1"]).tanh())(x).sum() + F.linear(x, p["w1"]).sum()
+    )
+
+
+def case_inner_grad(p, x):
+    return torch.func.grad(lambda x: F.linear(x, p["w1"]).tanh().sum())(x).square().sum()
+
+
+def case_in_place_after(p, x):
+    h = F.linear(x, p["w1"])
+    h.mul_(2.0)
+    h += p["b1"]
+    return F.relu(h, inplace=True).square().sum()
+
+
+def case_broadcast_parameters(p, x):
+    h = (x.unsqueeze(-2) * p["w1"] + p["b1"].unsqueeze(-1)) / (2 + p["w1"].square())
+    return (torch.tanh(h) - p["b1"].unsqueeze(-1)).square().sum() + F.prelu(h, p["b1"][:1]).sum()
+
+
+def case_product_of_parameters(p, x):
+    return torch.tanh(x @ (p["w1"].T @ p["w2"].T)).square().sum()
+
+
+def case_unused(p, x):
+    return F.linear(x, p["w1"]).square().sum()
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w):
+        return 2.0 * F.linear(x, w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return 2.0 * g @ w, 2.0 * g.T @ x
+
+
+def case_custom_function(p, x):
+    return (Doubled.apply(x, p["w1"]).tanh() * F.linear(x, p["w1"])).sum()
+
+
+def case_op_by_overload(p, x):
+    return torch.ops.aten.linear(x, p["w1"]).tanh().sum() + F.linear(x, p["w1"]).square().sum()
+
+
+def function_cases():
+    draw = draws(1)
+    params = {"w1": draw(6, 4), "b1": draw(6), "w2": draw(3, 6), "u": draw(5, 5) / 3}
+    data = draw(6, 7, 4)
+    for name, function in list(globals().items()):
+        if name.startswith("case_"):
+            yield name.removeprefix("case_"), (function, params, data)
+
+
+def token_cases():
+    draw = draws(2)
+    table = {"e": draw(20, 6), "w": draw(6, 6), "s": draw()}
+    tokens = torch.randint(20, (6, 9), generator=torch.Generator().manual_seed(0))
+    tokens[:, 3:5] = 2
+
+    def embedding(p, i):
+        return (F.embedding(i, p["e"]).tanh() @ p["w"]).square().sum() * p["s"]
+
+    def padded(p, i):
+        return (F.embedding(i, p["e"], padding_idx=-18).tanh() @ p["w"]).square().sum()
+
+    def tied(p, i):
+        h = torch.tanh(F.embedding(i, p["e"], padding_idx=2) @ p["w"])
+        return F.cross_entropy(F.linear(h, p["e"]), i)
+
+    def tied_by_transpose(p, i):
+        return F.cross_entropy(torch.tanh(F.embedding(i, p["e"])) @ p["e"].t(), i)
+
+    def bag(p, i):
+        return F.embedding_bag(i.unsqueeze(0), p["e"]).square().sum()
+
+    def one_token(p, i):
+        return F.embedding(i[0], p["e"]).square().sum()
+
+    for loss in (embedding, padded, tied, tied_by_transpose, bag, one_token):
+        yield loss.__name__, (loss, table, tokens)
+
+
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, query, key, value):
+        return self.inner(query, key, value, need_weights=False)[0]
+
+
+MODULES = {
+    "linear": (nn.Linear(5, 3), (5,)),
+    "linear over two axes": (nn.Linear(5, 3, bias=False), (3, 2, 5)),
+    "bilinear": (nn.Bilinear(4, 3, 5), (4,), (3,)),
+    "conv1d": (nn.Conv1d(4, 6, 3, padding="same", dilation=2), (4, 11)),
+    "conv2d": (nn.Conv2d(3, 4, (3, 2), stride=2, padding=1), (3, 9, 8)),
+    "conv2d same, even": (nn.Conv2d(8, 4, 4, padding="same"), (8, 6, 6)),
+    "conv2d circular": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 6, 6)),
+    "conv2d groups": (nn.Conv2d(4, 6, 3, groups=2, dilation=2), (4, 9, 8)),
+    "conv2d depthwise": (nn.Conv2d(8, 8, 3, groups=8, padding=1), (8, 6, 6)),
+    "conv2d 1x1": (nn.Conv2d(8, 4, 1, bias=False), (8, 5, 5)),
+    "conv2d many channels": (nn.Conv2d(16, 64, 3, padding=1), (16, 2, 2)),
+    "conv3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 4, 5, 4)),
+    "transposed conv1d": (nn.ConvTranspose1d(4, 3, 3, stride=2, output_padding=1), (4, 6)),
+    "transposed conv2d": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, dilation=2), (4, 5, 4)),
+    "transposed conv3d": (nn.ConvTranspose3d(2, 3, 2), (2, 3, 3, 3)),
+    "layer norm": (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.PReLU()), (3, 4)),
+    "rms norm": (nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6)), (3, 4)),
+    "group norm": (nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6)), (3, 6, 6)),
+    "instance norm": (
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, affine=True)),
+        (3, 6, 6),
+    ),
+    "batch norm, frozen": (nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval(), (3, 6, 6)),
+    "attention, packed": (Attention(), (5, 8), (5, 8), (5, 8)),
+    "attention, separate": (Attention(kdim=3, vdim=4, add_bias_kv=True), (5, 8), (6, 3), (6, 4)),
+    "encoder": (nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), (5, 8)),
+    "lstm": (nn.LSTM(4, 5, num_layers=2, batch_first=True), (6, 4)),
+}
+CASES = {
+    **{name: module_case(*spec) for name, spec in MODULES.items()},
+    **dict(function_cases()),
+    **dict(token_cases()),
+}
+UNCOMPILED = {
+    "lstm": "the compiler wraps no RNN; write a cell over time",
+    "custom_function": "the compiler cannot batch a custom Function",
+    "inner_vmap": "",
+}
+
+
+def median_norm(loss, params, data):
+    return float(clipped_grad(loss, 1.0, method="vmap")(params, data).norms.median())
+
+
+@pytest.fixture(params=["chosen", "factors", "per-sample"])
+def forced_form(request, monkeypatch):
+    """The cost model's choice, and each form whatever it costs."""
+    if request.param == "chosen":
+        return
+
+    def force(costs):
+        wanted = [f for f in costs if (f in layers.INSTANTIATED) == (request.param == "per-sample")]
+        return (wanted or list(costs))[0]
+
+    monkeypatch.setattr(bookkeeping, "cheapest", force)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_a_float64_loop(name, forced_form):
+    loss, params, data = CASES[name]
+    laws.methods_agree(loss, params, data, median_norm(loss, params, data))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in UNCOMPILED])
+def test_compiles_whole_and_equals_eager(name, fresh_compiler):
+    loss, params, data = CASES[name]
+    f = clipped_grad(loss, median_norm(loss, params, data), method="bookkeeping")
+    eager, compiled = (
+        f(params, data),
+        torch.compile(f, fullgraph=True, backend="aot_eager")(params, data),
+    )
+    for a, b in zip(eager.sum.values(), compiled.sum.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tied", "conv2d", "encoder"])
+def test_inductor_equals_eager(name, fresh_compiler):
+    loss, params, data = CASES[name]
+    f = clipped_grad(loss, median_norm(loss, params, data), method="bookkeeping")
+    eager, compiled = f(params, data), torch.compile(f, fullgraph=True)(params, data)
+    for a, b in zip(eager.sum.values(), compiled.sum.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+SERVED = {
+    "linear_forms": {"w1", "w2"},
+    "matrix_times_vector": {"w1", "w2"},
+    "slices": {"w1"},
+    "overlapping_slices": set(),
+    "rule_and_no_rule": set(),
+    "in_a_list": set(),
+    "cell_over_time": {"w1", "u"},
+    "no_grad_and_detach": {"w1"},
+    "inner_vmap": set(),
+    "inner_grad": set(),
+    "in_place_after": {"w1"},
+    "product_of_parameters": {"w1", "w2"},
+    "custom_function": set(),
+    "op_by_overload": set(),
+    "tied": {"e", "w"},
+    "tied_by_transpose": {"e"},
+    "bag": set(),
+    "attention, packed": {"inner.in_proj_weight", "inner.out_proj.weight"},
+    "transposed conv2d": {"weight"},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_rule_serves_a_parameter_only_when_it_sees_all_of_it(name):
+    loss, params, data = CASES[name]
+    paths = explain(loss, params, data).paths
+    served = {p.parameter[8:-2] for p in paths if p.ops and not p.reason and p.path != "unused"}
+    assert served == SERVED[name]
+
+
+def per_example_matmuls(f, *args):
+    """Matrix products and convolutions in the graph of f, after dead code is gone."""
+    counts = []
+
+    def count(graph, inputs):
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        counts.append(sum(any(op in n for op in ("mm.", "mv.", "convolution")) for n in names))
+        return graph.forward
+
+    torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=count))(*args)
+    return sum(counts)
+
+
+@pytest.mark.uses_global_generator
+def test_the_graph_of_an_mlp_holds_the_matmuls_of_the_non_private_step(fresh_compiler):
+    model = nn.Sequential(
+        nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)
+    )
+    loss, params = functional_loss(model, F.cross_entropy)
+    data = (torch.zeros(32, 20), torch.zeros(32, dtype=torch.long))
+
+    def mean_loss(params, data):
+        return F.cross_entropy(functional_call(model, params, (data[0],)), data[1])
+
+    def non_private(params, data):
+        return torch.func.grad(mean_loss)(params, data)
+
+    private = clipped_grad(loss, 1.0, method="bookkeeping")
+    plain = per_example_matmuls(non_private, params, data)
+    assert plain == 3 + 3 + 2  # forward, weights, inputs
+    assert per_example_matmuls(lambda p, d: private(p, d).sum, params, data) == plain
+
+
+@given(
+    scale=st.sampled_from([1e-3, 1.0, 1e3, 1e6]),
+    tokens=st.sampled_from([2, 8, 32]),
+    tilt=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3]),
+    seed=st.integers(0, 100),
+    bfloat16=st.booleans(),
+)
+def test_norms_are_upper_bounds_where_tokens_cancel(scale, tokens, tilt, seed, bfloat16):
+    """Half of the tokens undo the other half: Gram products of size 1 for a norm of size tilt."""
+    draw = draws(seed)
+    x = draw(3, tokens // 2, 6) * scale
+    x = torch.cat([x, x * (1 + tilt)], 1)
+    g = draw(3, tokens // 2, 5).bfloat16().float()
+    g = torch.cat([g, -g], 1)
+    exact = torch.einsum("bti,btj->bij", g.double(), x.double()).flatten(1).norm(dim=1)
+    index = torch.arange(tokens).remainder(4)
+
+    def linear(params, example):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return (F.linear(example[0], params["w"]) * example[1]).sum()
+
+    def conv(params, example):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return (F.conv1d(example[0].T, params["w"].unsqueeze(-1)) * example[1].T).sum()
+
+    def embedding(params, example):
+        return (F.embedding(index, params["w"]) * example[0]).sum()
+
+    one_hot = F.one_hot(index, 5).double()
+    looked_up = torch.einsum("ti,btj->bij", one_hot, x.double()).flatten(1).norm(dim=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            bookkeeping, "cheapest", lambda costs: list(costs)[-1 if "pixels" in costs else 0]
+        )
+        for loss, norm in ((linear, exact), (conv, exact), (embedding, looked_up)):
+            clip = max(float(norm.median()), 1e-6)
+            params = {"w": torch.zeros(5, 6)}
+            got = clipped_grad(loss, clip, method="bookkeeping")(params, (x, g))
+            assert (got.norms >= norm).all()
+            factor = torch.clamp(clip / got.norms, max=1.0)
+            assert (factor * norm <= clip).all()
+            laws.losses_contribution_is_bounded(loss, params, (x, g), clip, method="bookkeeping")
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "tied", "encoder", "cell_over_time"])
+@pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
+def test_contributions_are_bounded(name, clip, forced_form):
+    loss, params, data = CASES[name]
+    laws.losses_contribution_is_bounded(loss, params, data, clip, method="bookkeeping")
+
+
+@pytest.mark.parametrize("name", ["linear_forms", "conv2d", "encoder", "embedding"])
+def test_poison_and_padding_vanish(name, forced_form):
+    loss, params, data = CASES[name]
+    clip = median_norm(loss, params, data)
+    f = clipped_grad(loss, clip, method="bookkeeping")
+    leaves = list(data) if isinstance(data, tuple) else [data]
+    keep = torch.tensor([True, True, False, True, False, True])
+    real = f(params, data, mask=keep)
+    assert (real.norms[~keep] == 0).all()
+    for filler in (math.nan, math.inf, 1e30, 0.0):
+        bad = [leaf.clone() for leaf in leaves]
+        for leaf in bad:
+            if leaf.is_floating_point():
+                leaf[~keep] = filler
+            else:
+                leaf[~keep] = 7
+        poisoned = tuple(bad) if isinstance(data, tuple) else bad[0]
+        masked = f(params, poisoned, mask=keep).sum
+        free = (
+            f(params, poisoned).sum
+            if not math.isfinite(filler) and bad[0].is_floating_point()
+            else masked
+        )
+        for a, b, c in zip(real.sum.values(), masked.values(), free.values(), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(c, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tied", "conv2d", "linear_forms"])
+def test_chunks_change_nothing_but_rounding_and_no_example_gives_zeros(name):
+    loss, params, data = CASES[name]
+    clip = median_norm(loss, params, data)
+    whole = clipped_grad(loss, clip, method="bookkeeping")(params, data)
+    parts = clipped_grad(loss, clip, method="bookkeeping", chunk_size=4)(params, data)
+    torch.testing.assert_close(parts.norms, whole.norms)
+    for a, b in zip(whole.sum.values(), parts.sum.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    nothing = tuple(x[:0] for x in data) if isinstance(data, tuple) else data[:0]
+    empty = clipped_grad(loss, clip, method="bookkeeping")(params, nothing)
+    assert empty.norms.shape == (0,)
+    assert all((leaf == 0).all() for leaf in empty.sum.values())
+
+
+def test_auto_is_bookkeeping_where_a_rule_serves_and_vmap_where_none_does():
+    loss, params, data = CASES["linear"]
+    same = [clipped_grad(loss, 1.0, method=m)(params, data).norms for m in ("auto", "bookkeeping")]
+    assert same[0].equal(same[1])
+    loss, params, data = CASES["overlapping_slices"]
+    same = [clipped_grad(loss, 1.0, method=m)(params, data).norms for m in ("auto", "vmap")]
+    assert same[0].equal(same[1])
+
+
+@pytest.mark.uses_global_generator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_formats_of_parameters(dtype):
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
+    loss, params = functional_loss(model.to(dtype), lambda y, t: (y.float() * t.float()).sum())
+    draw = draws()
+    data = (draw(6, 3, 8).to(dtype), draw(6, 5).to(dtype))
+    results = [clipped_grad(loss, 0.5, method=m)(params, data) for m in ("vmap", "bookkeeping")]
+    for a, b in zip(*(r.sum.values() for r in results), strict=True):
+        assert a.dtype == b.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+    laws.losses_contribution_is_bounded(loss, params, data, 0.5, method="bookkeeping")
+
+
+@pytest.mark.uses_global_generator
+def test_dropout_from_a_key_is_that_of_the_vmap_method():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    loss, params = functional_loss(model, F.mse_loss, has_key=True)
+    data, key = (draws()(6, 4), draws(1)(6, 3)), random.key(0)
+    a, b = (
+        clipped_grad(loss, 1.0, method=m, has_key=True)(params, data, key=key).sum
+        for m in ("vmap", "bookkeeping")
+    )
+    for x, y in zip(a.values(), b.values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_l1_rule_takes_the_gradients_themselves():
+    class Lasso:
+        sensitivity, order = 1.0, 1
+
+        def scales(self, norms):
+            total = sum(norms.values())
+            return {name: torch.clamp(1.0 / total, max=1.0) for name in norms}
+
+    loss, params, data = CASES["linear over two axes"]
+    a, b = (clipped_grad(loss, Lasso(), method=m)(params, data) for m in ("vmap", "bookkeeping"))
+    torch.testing.assert_close(a.norms, b.norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(a.sum["weight"], b.sum["weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_maps_over_parameters():
+    loss, params, data = CASES["conv2d"]
+    many = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+    f = clipped_grad(loss, 1.0, method="bookkeeping")
+    mapped = torch.vmap(lambda p: f(p, data).sum)(many)
+    for i in range(2):
+        alone = f({name: p[i] for name, p in many.items()}, data).sum
+        for name, leaf in alone.items():
+            torch.testing.assert_close(mapped[name][i], leaf, rtol=1e-4, atol=1e-6)
+
+
+def test_nested_params_keep_their_order_when_compiled(fresh_compiler):
+    def loss(p, x):
+        h = torch.tanh(F.linear(x, p["z"]["w"], p["z"]["a"]))
+        return F.linear(h, p["b"][0], p["b"][1]).square().sum()
+
+    draw = draws()
+    params = {"z": {"w": draw(4, 3), "a": draw(4)}, "b": (draw(2, 4), draw(2))}
+    data = draw(5, 3)
+    f = clipped_grad(loss, 0.5, method="bookkeeping")
+    a, b = (
+        f(params, data).sum,
+        torch.compile(f, fullgraph=True, backend="aot_eager")(params, data).sum,
+    )
+    torch.testing.assert_close(a, b)
+    laws.methods_agree(loss, params, data, 0.5)
+
+
+def test_a_loss_that_changes_is_planned_afresh_or_refused():
+    state = {"times": 1, "flips": False}
+
+    def loss(p, x):
+        state["times"] = 3 - state["times"] if state["flips"] else state["times"]
+        for _ in range(state["times"]):
+            x = F.linear(x, p["w"])
+        return x.square().sum()
+
+    params, data = {"w": draws()(3, 3)}, draws(1)(4, 3)
+    f = clipped_grad(loss, 1.0, method="bookkeeping")
+    f(params, data)
+    state["times"] = 2
+    expected = clipped_grad(loss, 1.0, method="vmap")(params, data)
+    torch.testing.assert_close(f(params, data).norms, expected.norms, rtol=1e-4, atol=0)
+    state["flips"] = True
+    with pytest.raises(RuntimeError, match="abstract run"):
+        f(params, data)
+
+
+def test_explain_is_a_table():
+    loss, params, data = CASES["rule_and_no_rule"]
+    table = str(explain(loss, params, data)).splitlines()
+    assert table[0].split() == ["parameter", "shape", "ops", "path", "MFLOP", "MB"]
+    assert "linear, einsum" in table[3]
+    assert "has no rule" in table[3]
+    loss, params, data = CASES["linear"]
+    paths = {p.parameter: p for p in explain(loss, params, data).paths}
+    assert paths["params['weight']"].path == "factors"
+    assert paths["params['weight']"].flops == 2 * 6 * 5 * 3
+
+
+def scale_rows(x, w, power):
+    if has_torch_function((x, w)):
+        return handle_torch_function(scale_rows, (x, w), x, w, power)
+    return x**power * w
+
+
+def test_a_users_own_rule():
+    def squared_norm(inputs, output_grads, power):
+        return (inputs[0] ** power * output_grads).sum(1).square().sum(1)
+
+    def weighted_sum(inputs, output_grads, scale, power):
+        return torch.einsum("b,btn,btn->n", scale, inputs[0] ** power, output_grads)
+
+    def loss(p, x):
+        return scale_rows(x, p["w"], 2).tanh().sum()
+
+    params, data = {"w": draws()(5)}, draws(1)(6, 4, 5)
+    clip = median_norm(loss, params, data)
+    op = scale_rows
+    register_rule(op, parameter=1, squared_norm=squared_norm, weighted_sum=weighted_sum)
+    try:
+        assert explain(loss, params, data).paths[0].path == "factors"
+        laws.methods_agree(loss, params, data, clip)
+        data[2] = math.nan
+        assert clipped_grad(loss, clip)(params, data).sum["w"].isfinite().all()
+    finally:
+        del layers.RULES[op]
+    with pytest.raises(ValueError, match="has one"):
+        register_rule(F.linear, parameter=1, squared_norm=squared_norm, weighted_sum=weighted_sum)
+    with pytest.raises(TypeError, match="squared_norm"):
+        register_rule(op, parameter=1, squared_norm=3, weighted_sum=weighted_sum)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Checkpointed(nn.Module):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False)
+
+
+BUFFER = torch.zeros(3)
+
+
+def changes_a_buffer(p, x):
+    BUFFER.add_(x.detach().sum())
+    return F.linear(x, p["w"]).sum()
+
+
+def batch_statistics(p, x):
+    return F.batch_norm(F.linear(x, p["w"]), None, None, training=True).sum()
+
+
+def through(module):
+    whole = nn.Sequential(nn.Linear(3, 3), nn.Sequential(module))
+    return lambda p, x: functional_call(
+        whole, {"0.weight": p["w"], "0.bias": torch.zeros(3)}, (x,), strict=False
+    ).sum()
+
+
+REFUSED = {
+    "a batch": (lambda p, x: F.linear(x, p["w"]), TypeError, "scalar"),
+    "a branch": (through(Branching()), RuntimeError, r"module '1.0' \(Branching\).*torch.where"),
+    "a buffer": (changes_a_buffer, RuntimeError, "in-place.*has_aux"),
+    "batch norm": (through(nn.BatchNorm1d(3)), RuntimeError, r"'1.0' \(BatchNorm1d\).*eval"),
+    "batch statistics": (batch_statistics, ValueError, "GroupNorm"),
+    "a draw": (through(nn.Dropout(0.5)), RuntimeError, r"'1.0' \(Dropout\).*has_key=True"),
+    "a checkpoint": (through(Checkpointed()), RuntimeError, r"\(Checkpointed\).*chunk_size"),
+    "no parameter": (lambda p, x: x.sum(), ValueError, "uses none of them"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("method", ["auto", "bookkeeping"])
+def test_what_cannot_be_private_is_refused_with_the_way_out(name, method):
+    loss, kind, words = REFUSED[name]
+    with pytest.raises(kind, match=words):
+        clipped_grad(loss, 1.0, method=method)({"w": draws()(3, 3)}, draws(1)(4, 2, 3))
+    assert (BUFFER == 0).all()
