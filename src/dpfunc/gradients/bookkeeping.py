@@ -28,7 +28,7 @@ from torch.func import grad, vmap
 from dpfunc import trees
 from dpfunc.gradients import norms
 from dpfunc.gradients.clipping import decide, lowered
-from dpfunc.gradients.layers import INSTANTIATED, Rule, Use, cheapest, combine
+from dpfunc.gradients.layers import INSTANTIATED, Instantiated, Rule, Use, cheapest, combine
 from dpfunc.gradients.per_sample import checked
 from dpfunc.gradients.plan import Calls, Plan, Region, Shape, Sighting, make_plan
 from dpfunc.typing import ClippingRule, Loss, Tree
@@ -85,11 +85,11 @@ def clipped_sum(
             checked(loss, has_aux), plan, leaves, skeleton, arguments, randomness
         )
         with torch.autocast(leaves[0].device.type, enabled=False):
-            blocks = [_chosen(parts, rule.order) for parts in found]
-            bounds = trees.map(lambda i: _norm(blocks[i], rule, num, leaves[i]), skeleton)
+            blocks = [chosen(parts, rule.order) for parts in found]
+            bounds = trees.map(lambda i: norm_of(blocks[i], rule, num, leaves[i]), skeleton)
             scales, keep, total = decide(rule, bounds, mask)
             sums = trees.map(
-                lambda i, scale: _sum(blocks[i], torch.where(keep, scale, 0.0), leaves[i]),
+                lambda i, scale: sum_of(blocks[i], torch.where(keep, scale, 0.0), leaves[i]),
                 skeleton,
                 scales,
             )
@@ -109,31 +109,19 @@ def factored_gradients(
     randomness: str,
 ) -> tuple[list[Blocks], Any]:
     """One pass forward and one back: the gradient of every parameter in blocks, and the aux."""
-    tapped = _by_call(plan)
-    others = [i for i, reason in enumerate(plan.reasons) if reason]
+    tapped = by_call(plan)
+    others = without_rules(plan)
     rules: list[Rule] = []
 
     def per_example(taps: list[Tensor], rest: list[Tensor], arguments: Tree) -> Any:
-        full = list(leaves)
-        for i, leaf in zip(others, rest, strict=True):
-            full[i] = leaf
-        names: list[str] = []
         recorded: list[tuple[Tensor, ...]] = []
 
-        def visit(func: Any, rule: Rule, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            tap, sightings = tapped.get(len(names), (0, []))
-            names.append(func.__name__)
-            for sighting in sightings:
-                use = rule.uses(*args, **kwargs)[sighting.use]
-                _check_same(sighting, use, output, full[sighting.leaf])
-                recorded.append(use.inputs)
-                rules.append(rule)
-            return output + taps[tap] if sightings else output
+        def tap(i: int, output: Tensor, met: list[tuple[Sighting, Rule, Use]]) -> Tensor:
+            recorded.extend(use.inputs for _, _, use in met)
+            rules.extend(rule for _, rule, _ in met)
+            return output + taps[i]
 
-        with Calls(visit):
-            value, aux = loss(trees.map(full.__getitem__, skeleton), *arguments)
-        if tuple(names) != plan.calls:
-            raise PlanMismatch(_MISMATCH)
+        value, aux = tapped_loss(loss, plan, leaves, skeleton, rest, arguments, tap)
         return value, (aux, recorded)
 
     num, device = trees.batch_size(arguments, "data"), leaves[0].device
@@ -153,15 +141,51 @@ def factored_gradients(
     factors: dict[tuple[int, Region | None], list[Any]] = {}
     for sighting, rule, inputs in zip(plan.sightings, rules, recorded, strict=True):
         tap, _ = tapped[sighting.call]
-        made = _factors(sighting, rule, inputs, output_grads[tap], leaves[sighting.leaf])
+        made = factors_of(sighting, rule, inputs, output_grads[tap], leaves[sighting.leaf])
         factors.setdefault((sighting.leaf, sighting.region), []).append(made)
     for (i, region), parts in factors.items():
-        size = tuple(leaves[i].shape) if region is None else region.size
-        blocks[i].append((region, combine(parts, size)))
+        blocks[i].append((region, combine(parts, size_of(leaves[i], region))))
     return blocks, aux
 
 
-def _by_call(plan: Plan) -> dict[int, tuple[int, list[Sighting]]]:
+def tapped_loss(
+    loss: Callable[..., tuple[Tensor, Any]],
+    plan: Plan,
+    leaves: list[Tensor],
+    skeleton: Tree,
+    rest: list[Tensor],
+    arguments: Tree,
+    tap: Callable[[int, Tensor, list[tuple[Sighting, Rule, Use]]], Tensor],
+) -> tuple[Tensor, Any]:
+    """The loss of one example, with the output of every planned op sent through `tap`.
+
+    rest are the parameters without rules, the only ones that may be differentiated.
+    """
+    full, tapped = list(leaves), by_call(plan)
+    for i, leaf in zip(without_rules(plan), rest, strict=True):
+        full[i] = leaf
+    names: list[str] = []
+
+    def visit(func: Any, rule: Rule, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        i, sightings = tapped.get(len(names), (0, []))
+        names.append(func.__name__)
+        met = [(sighting, rule, rule.uses(*args, **kwargs)[sighting.use]) for sighting in sightings]
+        for sighting, _, use in met:
+            _check_same(sighting, use, output, full[sighting.leaf])
+        return tap(i, output, met) if met else output
+
+    with Calls(visit):
+        value, aux = loss(trees.map(full.__getitem__, skeleton), *arguments)
+    if tuple(names) != plan.calls:
+        raise PlanMismatch(_MISMATCH)
+    return value, aux
+
+
+def without_rules(plan: Plan) -> list[int]:
+    return [i for i, reason in enumerate(plan.reasons) if reason]
+
+
+def by_call(plan: Plan) -> dict[int, tuple[int, list[Sighting]]]:
     """For each call with a tap: which tap, and the sightings there."""
     tapped: dict[int, tuple[int, list[Sighting]]] = {}
     for sighting in plan.sightings:
@@ -180,7 +204,7 @@ def _check_same(sighting: Sighting, use: Use, output: Tensor, leaf: Tensor) -> N
         raise PlanMismatch(_MISMATCH)
 
 
-def _factors(
+def factors_of(
     sighting: Sighting, rule: Rule, inputs: tuple[Tensor, ...], output_grads: Tensor, leaf: Tensor
 ) -> Any:
     raised = tuple(norms.raised(x) if x.is_floating_point() else x for x in inputs)
@@ -189,46 +213,43 @@ def _factors(
     return factors.transposed() if sighting.transposed else factors
 
 
-def _chosen(blocks: Blocks, order: int) -> Blocks:
+def size_of(leaf: Tensor, region: Region | None) -> tuple[int, ...]:
+    return tuple(leaf.shape) if region is None else region.size
+
+
+def chosen(blocks: Blocks, order: int) -> Blocks:
     """Every block in its cheaper form; an L1 norm needs the gradient itself."""
-    return [
-        (region, part)
-        if isinstance(part, Tensor) or (order == 2 and cheapest(part.costs()) not in INSTANTIATED)
-        else (region, part.per_sample())
-        for region, part in blocks
-    ]
+
+    def one(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return Instantiated(part, order, fresh=False)
+        if order == 2 and cheapest(part.costs()) not in INSTANTIATED:
+            return part
+        return Instantiated(part.per_sample(), order, fresh=True)
+
+    return [(region, one(part)) for region, part in blocks]
 
 
-def _norm(blocks: Blocks, rule: ClippingRule, num: int, leaf: Tensor) -> Tensor:
-    """(B,), float64, an upper bound on the norm over the blocks of one parameter."""
+def norm_of(blocks: Blocks, rule: ClippingRule, num: int, leaf: Tensor) -> Tensor:
+    """(B,), float64, an upper bound on the norm over the chosen blocks of one parameter."""
     if not blocks:
         return torch.zeros(num, dtype=torch.float64, device=leaf.device)
-    bounds = [
-        norms.upper_of_rows(part, rule.order)
-        if isinstance(part, Tensor)
-        else part.norm_bound(rule.sensitivity)
-        for _, part in blocks
-    ]
+    bounds = [part.norm_bound(rule.sensitivity) for _, part in blocks]
     return torch.stack(bounds).sum(0) if rule.order == 1 else trees.root_sum_squares(bounds)
 
 
-def _sum(blocks: Blocks, scale: Tensor, leaf: Tensor) -> Tensor:
-    """The clipped sum of one parameter."""
-    total = norms.raised(torch.zeros_like(leaf, memory_format=torch.contiguous_format))
-    scale = lowered(scale, total.dtype)
+def sum_of(blocks: Blocks, scale: Tensor, leaf: Tensor) -> Tensor:
+    """The clipped sum of one parameter from its chosen blocks."""
+    dtype = torch.float64 if leaf.dtype == torch.float64 else torch.float32
+    scale = lowered(scale, dtype)
+    total = torch.zeros((), dtype=dtype, device=leaf.device).expand(leaf.shape)
     for region, part in blocks:
-        if isinstance(part, Tensor):
-            finite = part.nan_to_num(0.0, 0.0, 0.0)
-            if part.ndim > 2:
-                block = (scale @ finite.flatten(1)).reshape(part.shape[1:])
-            else:  # vectors: the compiler fuses it with what made them
-                block = (finite.T * scale).T.sum(0) if part.ndim == 2 else (finite * scale).sum(0)
-        else:
-            block = part.weighted_sum(scale)
-        if region is None:
+        block = part.weighted_sum(scale)
+        if region is None:  # all of it
             return block
-        total = torch.as_strided_scatter(total, block, *region)
-    return total
+        size, stride, offset = region
+        total = torch.as_strided_scatter(total.contiguous(), block, size, stride, offset)
+    return total.contiguous()
 
 
 _MISMATCH = (

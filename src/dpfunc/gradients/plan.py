@@ -17,7 +17,7 @@ import numpy as np
 import optree
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
 from torch.overrides import TorchFunctionMode
@@ -148,8 +148,8 @@ class _Trace(Calls):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _refuse(func, args, kwargs or {})
         name = getattr(func, "__name__", str(func))
-        for leaf in {self._owner(t) for t in _tensors((args, kwargs))} - {None}:
-            if name != "__get__" and expanded(func) is None:
+        for leaf in {self._owner(t) for t in _tensors((args, kwargs))}:
+            if leaf is not None and name != "__get__" and expanded(func) is None:
                 self.ops[leaf].append(name)
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -290,8 +290,10 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> None:
             )
     in_place = name.endswith("_") and not name.endswith("__")
     first = args[0] if args else None
-    captured = type(first) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(first)
-    if in_place and captured:  # not one that the loss made
+    if not in_place or not isinstance(first, Tensor):
+        return
+    made_here = isinstance(first, FakeTensor) or is_functorch_wrapped_tensor(first)
+    if not made_here:
         raise RuntimeError(f"in-place {name} on a captured tensor of shape {tuple(first.shape)}")
 
 

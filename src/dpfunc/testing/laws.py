@@ -143,7 +143,7 @@ def methods_agree(
     data: Tree,
     clipping: float | ClippingRule,
     *,
-    methods: Sequence[str] = ("vmap", "bookkeeping"),
+    methods: Sequence[str] = ("vmap", "bookkeeping", "two_pass"),
     rtol: float = 2e-4,
 ) -> None:
     """Every method gives the clipped sum and the norms of a float64 loop over single examples.

@@ -12,6 +12,7 @@ from torch import Tensor
 from dpfunc.gradients.layers.composite import expanded
 from dpfunc.gradients.layers.convolution import CONVOLUTION, TRANSPOSED_CONVOLUTION
 from dpfunc.gradients.layers.embedding import EMBEDDING
+from dpfunc.gradients.layers.instantiated import Instantiated
 from dpfunc.gradients.layers.linear import ADDMM, LINEAR, MATMUL
 from dpfunc.gradients.layers.outer import Outer, OuterSum, join
 from dpfunc.gradients.layers.registered import make_rule
@@ -20,6 +21,7 @@ from dpfunc.gradients.layers.rule import Rule, Use, cheapest
 __all__ = [
     "INSTANTIATED",
     "RULES",
+    "Instantiated",
     "Rule",
     "Use",
     "cheapest",
