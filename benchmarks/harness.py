@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,13 @@ def machine(device: str) -> dict[str, str]:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = f"{len(lines)} x {lines[0].split(':')[1].strip()}" if lines else model
-    packages = ("torch", "numpy", "cryptography")
+    packages = ("torch", "numpy", "cryptography", "opacus", "opake-engine")
+    known = {d.metadata["Name"] for d in distributions()}
     return {
         "cpu": model,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: version(name) for name in packages if name in known},
     }
 
 

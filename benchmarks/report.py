@@ -1,4 +1,4 @@
-"""Draw the committed results as one figure and print them as Markdown tables.
+"""Draw the committed results as figures and print them as Markdown tables.
 
 ./dev bench report
 """
@@ -64,11 +64,119 @@ def noise_figure(results: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
+STEP_COLOURS = {
+    "non-private": "#999999",
+    "dpfunc": "#c8641b",
+    "dpfunc vmap": "#f0b27a",
+    "opacus ghost": "#1f5fa8",
+    "opacus hooks": "#5b8fc7",
+    "opacus functorch": "#9ab8d8",
+    "opacus ew": "#c9d9ea",
+    "opake": "#7a9e6b",
+}
+"""Contestants of the step table; each is the better of its eager and compiled forms."""
+
+
+def best(seconds: dict[str, dict[str, float]], contestant: str) -> float | None:
+    """The least median of a contestant's forms, or None where it did not run."""
+    spelled = {"dpfunc": "dpfunc auto"}.get(contestant, contestant)
+    forms = [spelled, *(f"{spelled} {form}" for form in ("eager", "compiled", "compiled module"))]
+    return min((seconds[form]["median"] for form in forms if form in seconds), default=None)
+
+
+def step_table(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    lines = [
+        f"Whole steps over the non-private step, {machine['cpu']}, device {machine['device']}, torch "
+        f"{machine['torch']}:",
+        "",
+        "| model | threads | non-private | dpfunc eager | dpfunc compiled | "
+        + " | ".join(c for c in STEP_COLOURS if c not in ("non-private", "dpfunc"))
+        + " |",
+        "|---|---:|" + "---:|" * (len(STEP_COLOURS) + 1),
+    ]
+    for row in result["rows"]:
+        base = best(row["seconds"], "non-private")
+        assert base is not None
+        columns = ["dpfunc auto eager", "dpfunc auto compiled", *list(STEP_COLOURS)[2:]]
+        cells = [best(row["seconds"], column) for column in columns]
+        lines.append(
+            f"| {row['model']}, B = {row['batch']} | {row['threads']} | {base * 1e3:.1f} ms | "
+            + " | ".join("-" if c is None else f"{c / base:.2f}x" for c in cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def step_figure(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for i, (contestant, colour) in enumerate(STEP_COLOURS.items()):
+        bars = [(place, best(row["seconds"], contestant)) for place, row in enumerate(rows)]
+        ratios = [
+            (place + 0.1 * (i - 3.5), seconds / (best(rows[place]["seconds"], "non-private") or 1))
+            for place, seconds in bars
+            if seconds is not None
+        ]
+        places, heights = zip(*ratios, strict=True) if ratios else ((), ())
+        axis.bar(places, heights, 0.1, color=colour, label=contestant)
+    axis.set_xticks(range(len(rows)), [row["model"] for row in rows])
+    axis.set(yscale="log", ylabel="time of a step over the non-private step")
+    axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1x", "2x", "5x", "10x", "20x", "50x", "100x"])
+    axis.set_title(f"Whole private steps, {rows[0]['threads']} thread(s), best form of each")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def graph_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| model | matmuls | convolutions | FLOPs | dpfunc: matmuls | convolutions | FLOPs |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in {row["model"]: row for row in result["rows"]}.values():
+        plain, ours = row["graph"]["non-private"], row["graph"]["dpfunc auto"]
+        lines.append(
+            f"| {row['model']} | {plain['matmuls']} | {plain['convolutions']} | "
+            f"{plain['flops'] / 1e9:.2f} G | {ours['matmuls']} | {ours['convolutions']} | "
+            f"{ours['flops'] / plain['flops'] - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["ratio"]))
+    models = [f"{row['model']}, B = {row['batch']}" for row in result["rows"]]
+    lines = [
+        "| peak memory of a step | " + " | ".join(models) + " |",
+        "|---|" + "---:|" * len(models),
+    ]
+    for name in names:
+        cells = [
+            f"{row['bytes'][name] / 2**20:.0f} MiB, {row['ratio'][name]:.2f}x"
+            if name in row["ratio"]
+            else "-"
+            for row in result["rows"]
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def results(pattern: str) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
+
+
 def main() -> None:
-    paths = sorted(RESULTS.glob("noise-*.json"))
-    results = {path.stem: json.loads(path.read_text()) for path in paths}
-    noise_figure(results).savefig(RESULTS / "noise.png", dpi=120)
-    print("\n\n".join(noise_table(result) for result in results.values()))
+    noise = results("noise-*.json")
+    noise_figure(noise).savefig(RESULTS / "noise.png", dpi=120)
+    tables = [noise_table(result) for result in noise.values()]
+    for name, result in results("steps-*.json").items():
+        first = min(row["threads"] for row in result["rows"])
+        rows = [row for row in result["rows"] if row["threads"] == first]
+        step_figure(rows).savefig(RESULTS / f"{name}.png", dpi=120)
+        tables += [step_table(result), graph_table(result)]
+    tables += [memory_table(result) for result in results("memory-*.json").values()]
+    print("\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpfunc import clipped_grad, functional_loss, per_sample_grads, random
+from dpfunc.models.functional import _attention
 
 pytestmark = pytest.mark.uses_global_generator  # nn's own initialisation
 
@@ -147,15 +148,50 @@ def test_two_dropout_layers_draw_apart_and_eval_draws_nothing():
     assert (kept == 1).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # vmap is slow on attention, which is not what is tested
-@pytest.mark.parametrize(
-    "layer", [nn.AlphaDropout(0.5), nn.TransformerEncoderLayer(6, 2, 8, 0.1, batch_first=True)]
-)
-def test_dropout_that_no_key_reaches_is_an_error_with_a_way_out(layer):
-    module = nn.Sequential(nn.Unflatten(1, (1, 6)), layer, nn.Flatten(), nn.Linear(6, 3))
+def test_dropout_that_no_key_reaches_is_an_error_with_a_way_out():
+    module = nn.Sequential(nn.Linear(6, 3), nn.AlphaDropout(0.5))
     loss, params = functional_loss(module, F.cross_entropy, has_key=True)
-    with pytest.raises(RuntimeError, match="not dropout inside attention"):
+    with pytest.raises(RuntimeError, match=r"in module '1' .AlphaDropout.*has_key=True"):
         clipped_grad(loss, 1.0, has_key=True)(params, example(), key=random.key(0))
+
+
+@pytest.mark.uses_global_generator
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_inside_attention_is_drawn_from_the_key(need_weights):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x, x, x, need_weights=need_weights)[0]
+
+    loss, params = functional_loss(Attention(), F.mse_loss, has_key=True)
+    data = (torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
+
+    def norms(seed, method):
+        f = clipped_grad(loss, 1.0, has_key=True, method=method)
+        return f(params, data, key=random.key(seed)).norms
+
+    assert norms(0, "auto").equal(norms(0, "auto"))
+    torch.testing.assert_close(norms(0, "auto"), norms(0, "vmap"), rtol=1e-4, atol=0)
+    assert not norms(0, "auto").allclose(norms(1, "auto"), rtol=1e-3)
+    first, second = norms(0, "auto")
+    assert abs(first - second) > 1e-3 * first  # alike examples, different masks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"attn_mask": "bool"}, {"attn_mask": "float", "scale": 0.3}],
+)
+def test_attention_in_the_open_is_torchs(options):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 4, generator=draw) for n in (5, 6, 6))
+    if "attn_mask" in options:
+        mask = torch.randn(5, 6, generator=draw)
+        options = {**options, "attn_mask": mask > -1 if options["attn_mask"] == "bool" else mask}
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(_attention(q, k, v, **options), expected)
 
 
 def test_dropout_without_a_key_is_an_error_with_a_way_out():

@@ -151,7 +151,8 @@ def _by_rules(
             return sums, norms[:0], trees.rows(aux, 0, 0)
         arguments = (data,) if keys is None else (data, keys)
         plan = plan_of(params, arguments)
-        if method == "auto" and not plan.sightings:
+        unsure = plan.hidden and torch.compiler.is_compiling()
+        if method == "auto" and (unsure or not plan.sightings):
             return by_vmap(params, data, keys, mask)
         passes = two_pass if method == "two_pass" and _can_take_two(plan, params) else bookkeeping
         run = partial(passes.clipped_sum, loss, has_aux, rule, randomness)

@@ -64,6 +64,8 @@ class Plan(NamedTuple):
     """For each parameter why it is differentiated for each example; empty where rules serve it."""
     ops: tuple[tuple[str, ...], ...]
     """For each parameter the ops that take it or a view of it, in order."""
+    hidden: bool
+    """Whether an op with a rule ran without grad: in a custom Function, which compilers inline."""
 
 
 class Calls(TorchFunctionMode):
@@ -116,7 +118,7 @@ def make_plan(loss: Loss, has_aux: bool, skeleton: Tree, shapes: tuple[Shape, ..
             with trace:
                 value, _ = checked(loss, has_aux)(params, *arguments)
         except UnsupportedFakeTensorException as error:
-            return Plan((), (), (f"cannot be traced: {error}",) * count, ((),) * count)
+            return Plan((), (), (f"cannot be traced: {error}",) * count, ((),) * count, False)
         if value.grad_fn is None:
             raise ValueError(
                 "Expected a loss that depends on params, got one that uses none of them. Does it call "
@@ -144,9 +146,11 @@ class _Trace(Calls):
         self.names: list[str] = []
         self.seen: list[_Seen] = []
         self.ops: list[list[str]] = [[] for _ in leaves]
+        self.hidden = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _refuse(func, args, kwargs or {})
+        self.hidden |= func in RULES and not torch.is_grad_enabled()
         name = getattr(func, "__name__", str(func))
         for leaf in {self._owner(t) for t in _tensors((args, kwargs))}:
             if leaf is not None and name != "__get__" and expanded(func) is None:
@@ -209,7 +213,8 @@ class _Trace(Calls):
                 reason = "is met through overlapping views"
             reasons.append(reason)
         kept = [s.sighting for s in self.seen if not reasons[s.sighting.leaf]]
-        return Plan(tuple(self.names), tuple(kept), tuple(reasons), tuple(map(tuple, self.ops)))
+        ops = tuple(map(tuple, self.ops))
+        return Plan(tuple(self.names), tuple(kept), tuple(reasons), ops, self.hidden)
 
     def _reached_without_rules(self, value: Tensor) -> set[int]:
         """Walk the autograd graph back from the loss, leaping over the weights that rules serve."""

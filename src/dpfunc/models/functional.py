@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from dpfunc import random, trees
+from dpfunc.gradients.layers import expanded
 from dpfunc.typing import Key, Loss, Tree
 
 
@@ -41,9 +42,9 @@ def functional_loss(
         Missing and unknown names in params are errors, not ignored.
         A tensor that the module holds under several names is one parameter, owned by the first name
         in `module.named_parameters()`; the others follow it.
-        With has_key, dropout (`nn.Dropout`, `Dropout1d` to `3d`, `F.dropout`) differs over examples,
-        steps and layers and is a function of the key. Other randomness, such as dropout inside
-        attention, is an error that names the function.
+        With has_key, dropout (`nn.Dropout`, `Dropout1d` to `3d`, `F.dropout`, inside attention too)
+        differs over examples, steps and layers and is a function of the key. Other randomness is an
+        error.
 
     Raises:
         ValueError: no parameter is trainable, the module has a BatchNorm that would use the
@@ -124,9 +125,15 @@ class _KeyedDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _SPATIAL_AXES:
+        if func in _SPATIAL_AXES:
+            return self._dropout(*args, **kwargs, spatial=_SPATIAL_AXES[func])
+        parts = expanded(func)
+        if func is F.scaled_dot_product_attention:
+            parts = _attention
+        if parts is None:
             return func(*args, **kwargs)
-        return self._dropout(*args, **kwargs, spatial=_SPATIAL_AXES[func])
+        with self:
+            return parts(*args, **kwargs)
 
     def _dropout(
         self,
@@ -148,6 +155,32 @@ class _KeyedDropout(TorchFunctionMode):
         call_key = random.derive(self.key, random.DROPOUT, len(self.calls))
         keep = random.uniform(call_key.to(x.device), shape) >= p
         return torch.where(keep, x / (1 - p if p < 1 else 1), 0.0)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` with its dropout in the open."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(times, -3) for x in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = (
+            scores.masked_fill(~attn_mask, -torch.inf)
+            if attn_mask.dtype == torch.bool
+            else scores + attn_mask
+        )
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
 _SPATIAL_AXES = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
