@@ -17,12 +17,13 @@ Source: Bu et al. 2023, arXiv:2210.00038 (book-keeping); Li et al. 2022, arXiv:2
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from operator import index
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import grad, vmap
 
 from dpfunc import trees
@@ -30,7 +31,7 @@ from dpfunc.gradients import norms
 from dpfunc.gradients.clipping import decide, lowered
 from dpfunc.gradients.layers import INSTANTIATED, Instantiated, Rule, Use, cheapest, combine
 from dpfunc.gradients.per_sample import checked
-from dpfunc.gradients.plan import Calls, Plan, Region, Shape, Sighting, make_plan
+from dpfunc.gradients.plan import Calls, Parameters, Plan, Region, Shape, Sighting, make_plan
 from dpfunc.typing import ClippingRule, Loss, Tree
 
 
@@ -41,25 +42,30 @@ class PlanMismatch(RuntimeError):
 def planner(loss: Loss, has_aux: bool) -> Callable[..., Plan]:
     """`plan(params, arguments)` for batched arguments, made once for each signature of shapes."""
 
-    @lru_cache(maxsize=64)
-    def cached(spec: Any, shapes: tuple[Shape, ...], autocast: Any) -> Plan:
-        del autocast
-        skeleton = optree.tree_unflatten(spec, list(range(len(shapes))))
-        return make_plan(loss, has_aux, skeleton, shapes)
+    plans: dict[Any, Plan] = {}
 
     def plan(params: Tree, arguments: Tree, *, afresh: bool = False) -> Plan:
         example = trees.map(lambda leaf: leaf[0], arguments)
         skeleton, leaves = trees.numbered((params, *example))
-        shapes = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
+        # index: a dimension that the compiler made symbolic is a number here.
+        shapes = tuple((tuple([index(n) for n in x.shape]), x.dtype, x.device) for x in leaves)
         if torch.compiler.is_compiling():
             return _constant_plan(loss, has_aux, skeleton, shapes)
-        if afresh:
-            cached.cache_clear()
-        kind = shapes[0][2].type
+        kind = leaves[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return cached(optree.tree_structure(skeleton), shapes, autocast)
+        signature = optree.tree_structure(skeleton), shapes, autocast
+        if afresh or signature not in plans:
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            _, values = trees.numbered(params)
+            known = None if any(map(is_functorch_wrapped_tensor, values)) else values
+            plans[signature] = make_plan(loss, has_aux, skeleton, shapes, known)
+        return plans[signature]
 
     return plan
+
+
+_MOST_PLANS = 64
 
 
 @torch.compiler.assume_constant_result
@@ -79,7 +85,7 @@ def clipped_sum(
 ) -> tuple[Tree, Tensor, Any]:
     """(sum, norms, aux) for a loss, its plan and batched arguments with B >= 1."""
     num = trees.batch_size(arguments, "data")
-    skeleton, leaves = trees.numbered(trees.map(Tensor.detach, params))
+    skeleton, leaves = trees.numbered(trees.map(lambda leaf: leaf.detach().contiguous(), params))
     with torch.no_grad():
         found, aux = factored_gradients(
             checked(loss, has_aux), plan, leaves, skeleton, arguments, randomness
@@ -169,16 +175,32 @@ def tapped_loss(
     def visit(func: Any, rule: Rule, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         i, sightings = tapped.get(len(names), (0, []))
         names.append(func.__name__)
-        met = [(sighting, rule, rule.uses(*args, **kwargs)[sighting.use]) for sighting in sightings]
-        for sighting, _, use in met:
-            _check_same(sighting, use, output, full[sighting.leaf])
-        return tap(i, output, met) if met else output
+        if not sightings:
+            return output
+        uses = rule.uses(*args, **kwargs)
+        met = []
+        for sighting in sightings:
+            if len(uses) <= sighting.use or not _same(sighting, uses[sighting.use], output):
+                raise PlanMismatch(_MISMATCH)
+            met.append((sighting, rule, uses[sighting.use]))
+        return tap(i, output, met)
 
-    with Calls(visit):
+    # A compiler traces the very loss that was planned; a map over parameters hides their memory.
+    known = not torch.compiler.is_compiling() and not any(map(is_functorch_wrapped_tensor, leaves))
+    calls = Calls(visit, Parameters(leaves) if known else None)
+    with calls:
         value, aux = loss(trees.map(full.__getitem__, skeleton), *arguments)
-    if tuple(names) != plan.calls:
+    if tuple(names) != plan.calls or (known and not _same_touches(plan, calls)):
         raise PlanMismatch(_MISMATCH)
     return value, aux
+
+
+def _same_touches(plan: Plan, calls: Calls) -> bool:
+    """Whether the parameters that rules serve went to the same functions through the same views."""
+    told_apart = {leaf for leaf, _ in calls.parameters.places.values()} if calls.parameters else {}
+    served = {i for i, reason in enumerate(plan.reasons) if not reason and i in told_apart}
+    planned = [touch for touch in plan.touches if touch.leaf in served]
+    return planned == [touch for touch in calls.touches if touch.leaf in served]
 
 
 def without_rules(plan: Plan) -> list[int]:
@@ -193,23 +215,20 @@ def by_call(plan: Plan) -> dict[int, tuple[int, list[Sighting]]]:
     return tapped
 
 
-def _check_same(sighting: Sighting, use: Use, output: Tensor, leaf: Tensor) -> None:
-    same = (
+def _same(sighting: Sighting, use: Use, output: Tensor) -> bool:
+    return (
         tuple(output.shape) == sighting.shape
         and output.dtype == sighting.dtype
         and use.constants == sighting.constants
-        and (not sighting.direct or use.weight is leaf)
     )
-    if not same:
-        raise PlanMismatch(_MISMATCH)
 
 
 def factors_of(
     sighting: Sighting, rule: Rule, inputs: tuple[Tensor, ...], output_grads: Tensor, leaf: Tensor
 ) -> Any:
     raised = tuple(norms.raised(x) if x.is_floating_point() else x for x in inputs)
-    seen = leaf if sighting.region is None else torch.as_strided(leaf, *sighting.region)
-    factors = rule.factors(Use(seen, raised, sighting.constants), norms.raised(output_grads))
+    like = leaf.new_empty(()).expand(size_of(leaf, sighting.region))  # only its shape is read
+    factors = rule.factors(Use(like, raised, sighting.constants), norms.raised(output_grads))
     return factors.transposed() if sighting.transposed else factors
 
 
@@ -241,7 +260,7 @@ def norm_of(blocks: Blocks, rule: ClippingRule, num: int, leaf: Tensor) -> Tenso
 def sum_of(blocks: Blocks, scale: Tensor, leaf: Tensor) -> Tensor:
     """The clipped sum of one parameter from its chosen blocks."""
     dtype = torch.float64 if leaf.dtype == torch.float64 else torch.float32
-    scale = lowered(scale, dtype)
+    scale = lowered(scale, dtype, most=torch.finfo(dtype).max ** 0.5)  # times a factor: no overflow
     total = torch.zeros((), dtype=dtype, device=leaf.device).expand(leaf.shape)
     for region, part in blocks:
         block = part.weighted_sum(scale)

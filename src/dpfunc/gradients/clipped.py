@@ -94,12 +94,13 @@ def clipped_grad(
         check_mask(mask, num)
         keys = None if key is None else random.split(key, num)
         size = chunk_size or max(num, 1)
-        parts = [
-            clipped_sum(params, *trees.rows((data, keys, mask), begin, begin + size))
-            for begin in range(0, max(num, 1), size)
-        ]
-        sums, norms, auxes = zip(*parts, strict=True)
-        total = trees.map(lambda *chunks: sum(chunks[1:], chunks[0]), *sums)
+        total, norms, auxes = None, [], []
+        for begin in range(0, max(num, 1), size):
+            chunk = trees.rows((data, keys, mask), begin, begin + size)
+            sums, chunk_norms, aux = clipped_sum(params, *chunk)
+            total = sums if total is None else trees.map(torch.add, total, sums)
+            norms.append(chunk_norms)
+            auxes.append(aux)
         if not has_aux:
             return Clipped(total, torch.cat(norms))
         return ClippedWithAux(total, torch.cat(norms), trees.map(lambda *a: torch.cat(a), *auxes))
@@ -154,13 +155,20 @@ def _by_rules(
         unsure = plan.hidden and torch.compiler.is_compiling()
         if method == "auto" and (unsure or not plan.sightings):
             return by_vmap(params, data, keys, mask)
-        passes = two_pass if method == "two_pass" and _can_take_two(plan, params) else bookkeeping
+        twice = method == "two_pass" and randomness == "error" and _can_take_two(plan, params)
+        passes = two_pass if twice else bookkeeping
         run = partial(passes.clipped_sum, loss, has_aux, rule, randomness)
         if torch.compiler.is_compiling():  # the plan is of this very trace
             return run(plan, params, arguments, mask)
         try:
             return run(plan, params, arguments, mask)
         except bookkeeping.PlanMismatch:  # an old plan: a module went from train to eval, say
-            return run(plan_of(params, arguments, afresh=True), params, arguments, mask)
+            plan = plan_of(params, arguments, afresh=True)
+        try:
+            return run(plan, params, arguments, mask)
+        except bookkeeping.PlanMismatch:
+            if method != "auto":
+                raise
+        return by_vmap(params, data, keys, mask)
 
     return f

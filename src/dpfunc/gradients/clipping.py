@@ -222,9 +222,12 @@ def _scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep.reshape(shape), leaf * factor, 0.0)
 
 
-def lowered(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A scale in the format of the gradients, with room for what rounding adds; step 2 above."""
+def lowered(scale: Tensor, dtype: torch.dtype, most: float | None = None) -> Tensor:
+    """A scale in the format of the gradients, with room for what rounding adds; step 2 above.
+
+    A smaller scale is always safe: `most` keeps it within another range.
+    """
     finfo = torch.finfo(dtype)
     low = torch.where(scale == 1.0, scale, scale * (1.0 - 4 * finfo.eps))  # eps is 2 u
     low = torch.where(low < 2 * finfo.tiny, 0.0, low)
-    return low.clamp(max=finfo.max).to(dtype)
+    return low.clamp(max=most or finfo.max).to(dtype)

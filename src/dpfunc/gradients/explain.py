@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpfunc import trees
 from dpfunc.gradients import bookkeeping
@@ -84,7 +83,7 @@ def explain(
 
     Args:
         loss, params, data, has_aux, has_key: as for `clipped_grad` and the function it returns. Only
-            shapes and dtypes matter: nothing is computed.
+            shapes and dtypes of data matter.
         key: (8,), as for that function, with has_key.
 
     Returns:
@@ -92,7 +91,7 @@ def explain(
         bytes. A parameter of a large "per-sample" row is what makes a model slow.
 
     Guarantees:
-        params and data are not read: the paths depend on shapes alone.
+        No example is read: the paths depend on shapes alone.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `clipped_grad`'s function.
@@ -108,20 +107,21 @@ def explain(
     total                                     0.0  0.0
     """
     num = check_arguments(params, data, key, has_key)
-    arguments = (data,) if key is None else (data, torch.stack([key] * num))
+    arguments = (data,) if key is None else (data, key.unsqueeze(0))
     plan = bookkeeping.planner(loss, has_aux)(params, arguments)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fake = trees.map(
-            lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), (params, *arguments)
-        )
-        skeleton, leaves = trees.numbered(fake[0])
+    # One example of zeros: what it costs is proportional to the batch size.
+    zeros = trees.map(lambda leaf: torch.zeros_like(leaf[:1]), arguments)
+    skeleton, leaves = trees.numbered(trees.map(torch.zeros_like, params))
+    with torch.random.fork_rng(devices=[]):
         gradients, _ = bookkeeping.factored_gradients(
-            checked(loss, has_aux), plan, leaves, skeleton, fake[1:], "different"
+            checked(loss, has_aux), plan, leaves, skeleton, zeros, "different"
         )
     paths = []
     for i, (name, leaf) in enumerate(trees.named_leaves(params, "params")):
+        names = [touch.function for touch in plan.touches if touch.leaf == i]
+        ops = tuple(name for name in names if name != "__get__")
         each = [
-            ("per-sample", _materialised(num, leaf))
+            ("per-sample", _materialised(leaf))
             if isinstance(part, torch.Tensor)
             else (form := cheapest(part.costs()), part.costs()[form])
             for _, part in gradients[i]
@@ -131,16 +131,16 @@ def explain(
             Path(
                 parameter=name,
                 shape=tuple(leaf.shape),
-                ops=plan.ops[i],
+                ops=ops,
                 path=" and ".join(sorted(kinds)) or "unused",
                 reason=plan.reasons[i],
-                flops=sum(cost[0] for _, cost in each),
-                bytes=sum(cost[1] for _, cost in each),
+                flops=num * sum(cost[0] for _, cost in each),
+                bytes=num * sum(cost[1] for _, cost in each),
             )
         )
     return Explanation(tuple(paths))
 
 
-def _materialised(num: int, leaf: torch.Tensor) -> tuple[float, float]:
-    """A gradient for each example: written, read for its norm, read for the sum."""
-    return 4.0 * num * leaf.numel(), 12.0 * num * leaf.numel()
+def _materialised(leaf: torch.Tensor) -> tuple[float, float]:
+    """The gradient of one example: written, read for its norm, read for the sum."""
+    return 4.0 * leaf.numel(), 12.0 * leaf.numel()

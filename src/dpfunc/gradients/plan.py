@@ -1,10 +1,11 @@
 """One abstract run of a loss: which parameters meet only ops with a rule, and where.
 
-The loss runs once on one example of fake tensors: shapes without numbers, no random draws, and an
-autograd graph. A parameter gets its gradient from rules when every path of that graph from the loss
-to the parameter goes through an op with a rule. That finds what a list of calls would miss: a
-parameter inside a list, a custom autograd Function, a compiled op. All others are differentiated for
-each example. Shapes alone decide, so one plan serves every batch of one signature.
+The loss runs once on one example of zeros, with an autograd graph and torch's generators put back
+afterwards. A parameter gets its gradient from rules when every path of that graph from the loss to the
+parameter goes through an op with a rule. That finds what a list of calls would miss: a parameter
+inside a list, a custom autograd Function, a compiled op. All others are differentiated for each
+example. No example is looked at, so one plan serves every batch of one signature; what each run does
+with the parameters is held against it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import optree
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+)
 from torch.overrides import TorchFunctionMode
 
 from dpfunc.gradients.layers import RULES, Rule, Use, expanded
@@ -49,11 +53,17 @@ class Sighting(NamedTuple):
     """None: all of it."""
     transposed: bool
     """Whether the op saw the transpose of the region."""
-    direct: bool
-    """Whether the op saw the parameter itself and not a view."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     """Of the op's output for one example."""
+
+
+class Touch(NamedTuple):
+    """A function that took a parameter or a view of it."""
+
+    function: str
+    leaf: int
+    region: Region
 
 
 class Plan(NamedTuple):
@@ -62,21 +72,46 @@ class Plan(NamedTuple):
     sightings: tuple[Sighting, ...]
     reasons: tuple[str, ...]
     """For each parameter why it is differentiated for each example; empty where rules serve it."""
-    ops: tuple[tuple[str, ...], ...]
-    """For each parameter the ops that take it or a view of it, in order."""
+    touches: tuple[Touch, ...]
+    """What takes parameters, in order."""
     hidden: bool
     """Whether an op with a rule ran without grad: in a custom Function, which compilers inline."""
+
+
+class Parameters:
+    """Finds which parameter a tensor is, or is a view of, and where."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        storages = [storage(leaf) for leaf in leaves]
+        self.places = {  # parameters that share their memory are not told apart
+            place: (i, leaf.storage_offset())
+            for i, (leaf, place) in enumerate(zip(leaves, storages, strict=True))
+            if place is not None and storages.count(place) == 1
+        }
+
+    def find(self, tensor: Tensor) -> tuple[int, Region] | None:
+        while is_gradtrackingtensor(tensor):
+            tensor = get_unwrapped(tensor)
+        place = storage(tensor)
+        if place not in self.places:
+            return None
+        leaf, begin = self.places[place]
+        region = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) - int(begin)
+        return leaf, Region(*region)
 
 
 class Calls(TorchFunctionMode):
     """Shows every differentiable call to an op with a rule to `visit(op, rule, args, kwargs, output)`.
 
-    Composite functions that would hide their ops are replaced by what they consist of.
+    Composite functions that would hide their ops are replaced by what they consist of. What takes
+    one of the parameters is noted in touches; None notes nothing, which compilers can follow.
     """
 
-    def __init__(self, visit: Callable[..., Any]) -> None:
+    def __init__(self, visit: Callable[..., Any], parameters: Parameters | None) -> None:
         super().__init__()
         self.visit = visit
+        self.parameters = parameters
+        self.touches: list[Touch] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,41 +119,59 @@ class Calls(TorchFunctionMode):
         if parts is not None:
             with self:
                 return parts(*args, **kwargs)
+        if self.parameters is not None and torch.is_grad_enabled():
+            self._note(func, tensors_of((args, kwargs)))
         output = func(*args, **kwargs)
         rule = RULES.get(func)
         if rule is None or not torch.is_grad_enabled():
             return output
         return self.visit(func, rule, args, kwargs, output)
 
+    def _note(self, func: Any, tensors: list[Tensor]) -> None:
+        name = getattr(func, "__name__", str(func))
+        if name != "custom_function_call":  # torch.func's word for a Function's forward
+            found = filter(None, map(self.parameters.find, tensors)) if self.parameters else ()
+            self.touches.extend(Touch(name, leaf, region) for leaf, region in found)
+
 
 Shape = tuple[tuple[int, ...], torch.dtype, torch.device]
 """A tensor without its numbers: shape, dtype, device."""
 
 
-def make_plan(loss: Loss, has_aux: bool, skeleton: Tree, shapes: tuple[Shape, ...]) -> Plan:
+def make_plan(
+    loss: Loss,
+    has_aux: bool,
+    skeleton: Tree,
+    shapes: tuple[Shape, ...],
+    values: list[Tensor] | None = None,
+) -> Plan:
     """The plan for a loss. skeleton: (params, *arguments of one example), a number for each tensor.
+
+    values are those of the params, where they can be had: a loss may branch on them.
 
     Raises:
         RuntimeError: the loss branches on values, or changes a tensor that it closes over.
         ValueError: no parameter reaches the loss, or it uses the statistics of a batch.
     """
+    devices = {device for _, _, device in shapes if device.type == "cuda"}
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.random.fork_rng(devices=list(devices)),
     ):
         count = len(optree.tree_leaves(skeleton[0]))  # params are numbered first
         tensors = [
-            torch.empty(size, dtype=dtype, device=device, requires_grad=i < count)
+            torch.zeros(size, dtype=dtype, device=device, requires_grad=i < count)
             for i, (size, dtype, device) in enumerate(shapes)
         ]
+        if values is not None:
+            with torch.no_grad():
+                for tensor, value in zip(tensors[:count], values, strict=True):
+                    tensor.copy_(value)
         params, *arguments = optree.tree_map(tensors.__getitem__, skeleton)
         trace = _Trace(tensors[:count])
-        try:
-            with trace:
-                value, _ = checked(loss, has_aux)(params, *arguments)
-        except UnsupportedFakeTensorException as error:
-            return Plan((), (), (f"cannot be traced: {error}",) * count, ((),) * count, False)
+        with trace:
+            value, _ = checked(loss, has_aux)(params, *arguments)
         if value.grad_fn is None:
             raise ValueError(
                 "Expected a loss that depends on params, got one that uses none of them. Does it call "
@@ -140,28 +193,47 @@ class _Seen(NamedTuple):
 
 class _Trace(Calls):
     def __init__(self, leaves: list[Tensor]) -> None:
-        super().__init__(self._visit)
+        super().__init__(self._visit, Parameters(leaves))
         self.leaves = leaves
-        self.owners = {_storage(leaf): i for i, leaf in enumerate(leaves)}
         self.names: list[str] = []
         self.seen: list[_Seen] = []
-        self.ops: list[list[str]] = [[] for _ in leaves]
+        self.hooked: set[int] = set()
         self.hidden = False
+        self.made: dict[int, Tensor] = {}  # by storage, what the loss itself has made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        _refuse(func, args, kwargs or {})
+        given = tensors_of((args, kwargs))
+        self._refuse(func, args, kwargs or {})
         self.hidden |= func in RULES and not torch.is_grad_enabled()
-        name = getattr(func, "__name__", str(func))
-        for leaf in {self._owner(t) for t in _tensors((args, kwargs))}:
-            if leaf is not None and name != "__get__" and expanded(func) is None:
-                self.ops[leaf].append(name)
-        return super().__torch_function__(func, types, args, kwargs)
+        if "hook" in getattr(func, "__name__", ""):
+            self.hooked |= {found[0] for t in given if (found := self._find(t))}
+        output = super().__torch_function__(func, types, args, kwargs)
+        before = {storage(t) for t in given}
+        for tensor in tensors_of(output):
+            place = storage(tensor)
+            if place is not None and place not in before:
+                self.made[place] = tensor
+        return output
 
-    def _owner(self, tensor: Tensor) -> int | None:
-        """Which parameter a tensor is, or is a view of."""
-        if is_functorch_wrapped_tensor(tensor) or not isinstance(tensor, FakeTensor):
-            return None
-        return self.owners.get(_storage(tensor))
+    def _find(self, tensor: Tensor) -> tuple[int, Region] | None:
+        return self.parameters.find(tensor) if self.parameters else None
+
+    def _refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        if func is F.batch_norm:
+            bound = _BATCH_NORM.bind(*args, **kwargs).arguments
+            if bound.get("training") or bound.get("running_mean") is None:
+                raise ValueError(
+                    "Expected a loss that treats every example apart, got batch_norm with the "
+                    "statistics of the batch. Use nn.GroupNorm, or freeze the layer with .eval()."
+                )
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        written = kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else None
+        if writes and args and isinstance(args[0], Tensor) and name != "requires_grad_":
+            written = args[0]
+        place = None if written is None else storage(written)
+        if place is not None and place not in self.made:
+            raise RuntimeError(f"in-place {name} on a tensor that is not the loss's own")
 
     def _visit(self, func: Any, rule: Rule, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         self.names.append(func.__name__)
@@ -176,11 +248,12 @@ class _Trace(Calls):
         return output + 0 if found else output
 
     def _sight(self, rule: Rule, i: int, use: Use, arguments: Any, output: Tensor) -> _Seen | None:
-        leaf = self._owner(use.weight)
-        others = _tensors(arguments)
+        found = self._find(use.weight)
+        others = tensors_of(arguments)
         onward = [t for t in others if t is not use.weight]
-        if leaf is None or not use.weight.requires_grad or len(onward) != len(others) - 1:
+        if found is None or len(onward) != len(others) - 1 or not self._is_view(use.weight):
             return None
+        leaf, _ = found
         region, transposed = _region(use.weight)
         if region is None or (transposed and not rule.transposable):
             return None
@@ -191,11 +264,23 @@ class _Trace(Calls):
             leaf=leaf,
             region=None if region == _whole(self.leaves[leaf]) else region,
             transposed=transposed,
-            direct=use.weight is self.leaves[leaf],
             shape=tuple(output.shape),
             dtype=output.dtype,
         )
         return _Seen(sighting, output.grad_fn, onward, [(t, t._version) for t in use.inputs])
+
+    def _is_view(self, weight: Tensor) -> bool:
+        """Whether a gradient at this tensor is the parameter's own, entry by entry."""
+        if weight.is_neg() or weight.is_complex() or is_functorch_wrapped_tensor(weight):
+            return False
+        if weight.grad_fn is None:
+            return weight.requires_grad
+        node: Any = weight.grad_fn
+        while not hasattr(node, "variable"):
+            if not type(node).__name__.startswith(_VIEWS):
+                return False
+            ((node, _),) = [edge for edge in node.next_functions if edge[0] is not None]
+        return True
 
     def plan(self, value: Tensor) -> Plan:
         reached = self._reached_without_rules(value)
@@ -203,7 +288,7 @@ class _Trace(Calls):
         for i, leaf in enumerate(self.leaves):
             seen = [s for s in self.seen if s.sighting.leaf == i]
             reason = ""
-            if id(leaf) in reached:
+            if id(leaf) in reached or i in self.hooked:
                 reason = (
                     "an op that it meets has no rule" if leaf.ndim > 1 else "as small as outputs"
                 )
@@ -213,8 +298,9 @@ class _Trace(Calls):
                 reason = "is met through overlapping views"
             reasons.append(reason)
         kept = [s.sighting for s in self.seen if not reasons[s.sighting.leaf]]
-        ops = tuple(map(tuple, self.ops))
-        return Plan(tuple(self.names), tuple(kept), tuple(reasons), ops, self.hidden)
+        return Plan(
+            tuple(self.names), tuple(kept), tuple(reasons), tuple(self.touches), self.hidden
+        )
 
     def _reached_without_rules(self, value: Tensor) -> set[int]:
         """Walk the autograd graph back from the loss, leaping over the weights that rules serve."""
@@ -243,11 +329,14 @@ class _Trace(Calls):
         return reached
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int | None:
+    """What tells the memory of a tensor from others'; None inside torch.func's transforms."""
+    if is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided:
+        return None
     return tensor.untyped_storage()._cdata
 
 
@@ -284,22 +373,24 @@ def _overlap(regions: set[Region | None], numel: int) -> bool:
     return False
 
 
-def _refuse(func: Any, args: Any, kwargs: Any) -> None:
-    name = getattr(func, "__name__", "")
-    if func is F.batch_norm:
-        bound = _BATCH_NORM.bind(*args, **kwargs)
-        if bound.arguments.get("training") or bound.arguments.get("running_mean") is None:
-            raise ValueError(
-                "Expected a loss that treats every example apart, got batch_norm with the statistics of "
-                "the batch. Use nn.GroupNorm, or freeze the layer with .eval()."
-            )
-    in_place = name.endswith("_") and not name.endswith("__")
-    first = args[0] if args else None
-    if not in_place or not isinstance(first, Tensor):
-        return
-    made_here = isinstance(first, FakeTensor) or is_functorch_wrapped_tensor(first)
-    if not made_here:
-        raise RuntimeError(f"in-place {name} on a captured tensor of shape {tuple(first.shape)}")
-
-
 _BATCH_NORM = inspect.signature(F.batch_norm)
+_VIEWS = (
+    "AliasBackward",
+    "AsStridedBackward",
+    "DiagonalBackward",
+    "NarrowBackward",
+    "PermuteBackward",
+    "ReshapeAliasBackward",
+    "SelectBackward",
+    "SliceBackward",
+    "SplitBackward",
+    "SplitWithSizesBackward",
+    "SqueezeBackward",
+    "TBackward",
+    "TransposeBackward",
+    "UnbindBackward",
+    "UnsafeViewBackward",
+    "UnsqueezeBackward",
+    "ViewBackward",
+)
+"""Autograd nodes that move the entries of a gradient and change none."""

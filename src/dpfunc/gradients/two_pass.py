@@ -1,8 +1,13 @@
 """The clipped sum in two passes: norms first, then one weighted backward pass.
 
 Book-keeping holds the gradients at the outputs of all ops at once. Here each is used when the backward
-pass makes it, and let go: once for its part of the norms, and in a second pass over the same batch,
-with the same bits, for its part of the clipped sum. Twice the work for the memory of a plain step.
+pass makes it, and let go: once for its part of the norms, and in a second pass over the same batch for
+its part of the clipped sum. Twice the work for the memory of a plain step.
+
+The two passes should have the same bits. Should they differ (a loss with a random state of its own,
+sums on a GPU in changing order), the bound must hold all the same: the norms of the first pass are
+raised by one part in 8192, and whatever in the second has a larger norm than that contributes 0.
+
 The backward pass has side effects, which a compiler cannot follow: under torch.compile, and inside
 vmap, `clipped_grad` keeps to one pass, as where a matrix has no rule: its per-sample gradients are
 then the memory.
@@ -50,7 +55,7 @@ def clipped_sum(
 ) -> tuple[Tree, Tensor, Any]:
     """(sum, norms, aux) for a loss, its plan and batched arguments with B >= 1."""
     num = trees.batch_size(arguments, "data")
-    skeleton, leaves = trees.numbered(trees.map(Tensor.detach, params))
+    skeleton, leaves = trees.numbered(trees.map(lambda leaf: leaf.detach().contiguous(), params))
 
     def each_block(receive: Callable[[int, Blocks], None]) -> Any:
         return _backward(
@@ -68,11 +73,13 @@ def clipped_sum(
     with torch.no_grad():
         bounds = [norm_of([], rule, num, leaf) for leaf in leaves]
 
+        promised: dict[tuple[int, Region | None], Tensor] = {}
+
         def add_norm(i: int, blocks: Blocks) -> None:
-            parts = [bounds[i], norm_of(blocks, rule, num, leaves[i])]
-            bounds[i] = (
-                sum(parts[1:], parts[0]) if rule.order == 1 else trees.root_sum_squares(parts)
-            )
+            norm = norm_of(blocks, rule, num, leaves[i]) * (1.0 + _SLACK)
+            promised[i, blocks[0][0]] = norm
+            both = [bounds[i], norm]
+            bounds[i] = sum(both[1:], both[0]) if rule.order == 1 else trees.root_sum_squares(both)
 
         aux = each_block(add_norm)
         tree = trees.map(bounds.__getitem__, skeleton)
@@ -81,10 +88,16 @@ def clipped_sum(
         sums = [sum_of([], flat[i], leaf) for i, leaf in enumerate(leaves)]
 
         def add_sum(i: int, blocks: Blocks) -> None:
-            sums[i] += sum_of(blocks, flat[i], leaves[i])
+            most = promised.get((i, blocks[0][0]))
+            if most is not None:
+                kept = norm_of(blocks, rule, num, leaves[i]) <= most
+                sums[i] += sum_of(blocks, torch.where(kept, flat[i], 0.0), leaves[i])
 
         each_block(add_sum)
     return trees.map(sums.__getitem__, skeleton), total, aux
+
+
+_SLACK = 2.0**-13
 
 
 class _Tap(torch.autograd.Function):

@@ -13,7 +13,7 @@ from dpfunc.gradients.layers.composite import expanded
 from dpfunc.gradients.layers.convolution import CONVOLUTION, TRANSPOSED_CONVOLUTION
 from dpfunc.gradients.layers.embedding import EMBEDDING
 from dpfunc.gradients.layers.instantiated import Instantiated
-from dpfunc.gradients.layers.linear import ADDMM, LINEAR, MATMUL
+from dpfunc.gradients.layers.linear import ADDMM, LINEAR, MATMUL, MM
 from dpfunc.gradients.layers.outer import Outer, OuterSum, join
 from dpfunc.gradients.layers.registered import make_rule
 from dpfunc.gradients.layers.rule import Rule, Use, cheapest
@@ -38,10 +38,10 @@ RULES: dict[Callable[..., Any], Rule] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), TRANSPOSED_CONVOLUTION
     ),
     torch.matmul: MATMUL,
-    torch.mm: MATMUL,
+    torch.mm: MM,
     torch.addmm: ADDMM,
     Tensor.matmul: MATMUL,
-    Tensor.mm: MATMUL,
+    Tensor.mm: MM,
     Tensor.addmm: ADDMM,
 }
 
@@ -62,7 +62,8 @@ def register_rule(
         squared_norm: `squared_norm(inputs, output_grads, *constants) -> (B,)`, at least the squared
             L2 norm of each example's gradient. inputs: the op's other tensors, in order, with a
             leading batch axis (B, ...), float32 at least; output_grads (B, *output shape);
-            constants: its other arguments, which must be hashable.
+            constants: its other arguments, which must be hashable, in the order of its signature;
+            where it has none that can be read, a call with keywords takes the path without rules.
         weighted_sum: `weighted_sum(inputs, output_grads, scale, *constants)`, the sum over examples
             of scale (B,) times gradient, of the parameter's shape.
 
@@ -94,7 +95,7 @@ def register_rule(
             raise TypeError(f"Expected {name} to be a function, got {type(function).__name__}.")
     if op in _OWN:
         raise ValueError(f"Expected an op without a rule, got {op!r}, which has one.")
-    RULES[op] = make_rule(parameter, squared_norm, weighted_sum)
+    RULES[op] = make_rule(op, parameter, squared_norm, weighted_sum)
 
 
 _OWN = frozenset(RULES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,10 @@ def _matmul_uses(input: Any, other: Any, *, out: None = None) -> list[Use]:
     return uses
 
 
+def _mm_uses(input: Any, mat2: Any, *, out: None = None) -> list[Use]:
+    return _matmul_uses(input, mat2)
+
+
 def _matmul_factors(use: Use, output_grad: Tensor) -> Outer:
     (other,) = use.inputs
     if use.constants == ("right",):
@@ -44,9 +49,10 @@ def _addmm_uses(
 
 def _tokens(x: Tensor) -> Tensor:
     """(B, T, n) from (B, *sequence, n)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1]) if x.numel() else x.flatten(1, -2)
+    return x.reshape(x.shape[0], prod(list(x.shape[1:-1])), x.shape[-1])
 
 
 LINEAR = Rule(_linear_uses, _linear_factors, transposable=True)
 MATMUL = Rule(_matmul_uses, _matmul_factors, transposable=True)
+MM = Rule(_mm_uses, _matmul_factors, transposable=True)
 ADDMM = Rule(_addmm_uses, _matmul_factors, transposable=True)

@@ -125,7 +125,10 @@ def bound(
     finfo = torch.finfo(like.dtype)
     lost = norms.product_roundoff(like.device.type, like.dtype, operation)
     rounding = (tokens + 3) * finfo.eps / 2 + 2 * lost
+    # Neither does the scaled product lose what matters to underflow, nor can it overflow: factors
+    # are below the root of the largest number, and so are scales (see `lowered`).
     safe = finfo.tiny * numbers * both <= finfo.eps / 2 * sensitivity
+    safe &= both < finfo.max**0.5 / 2
     return torch.where(safe, above + rounding * together, torch.inf)
 
 

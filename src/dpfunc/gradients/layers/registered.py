@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,15 +45,30 @@ class Registered(NamedTuple):
 
 
 def make_rule(
-    parameter: int | str, squared_norm: Callable[..., Tensor], weighted_sum: Callable[..., Tensor]
+    op: Callable[..., Any],
+    parameter: int | str,
+    squared_norm: Callable[..., Tensor],
+    weighted_sum: Callable[..., Tensor],
 ) -> Rule:
+    try:
+        signature = inspect.signature(op).parameters
+    except (TypeError, ValueError):
+        signature = {}
+    order = tuple(signature)
+    defaults = {n: p.default for n, p in signature.items() if p.default is not p.empty}
+    place = order[parameter] if isinstance(parameter, int) and parameter < len(order) else parameter
+
     def uses(*args: Any, **kwargs: Any) -> list[Use]:
-        named = {**dict(enumerate(args)), **kwargs}
-        weight = named.pop(parameter, None)
+        if not order and kwargs:
+            return []
+        names = order[: len(args)] if order else tuple(range(len(args)))
+        given = {**defaults, **dict(zip(names, args, strict=True)), **kwargs}
+        weight = given.pop(place, None)
         if not isinstance(weight, Tensor):
             return []
-        tensors = tuple(x for x in named.values() if isinstance(x, Tensor))
-        constants = tuple(x for x in named.values() if not isinstance(x, Tensor))
+        values = [given[name] for name in order or names if name in given]
+        tensors = tuple(x for x in values if isinstance(x, Tensor))
+        constants = tuple(x for x in values if not isinstance(x, Tensor))
         return [Use(weight, tensors, constants)]
 
     def factors(use: Use, output_grad: Tensor) -> Registered:
