@@ -162,6 +162,18 @@ def memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sampling_table(result: dict[str, Any]) -> str:
+    names = list(result["rows"][0]["seconds"])
+    lines = ["| examples | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
+    for row in result["rows"]:
+        cells = [
+            f"{row['seconds'][name]['median'] * 1e3:.2f} ms" if name in row["seconds"] else "-"
+            for name in names
+        ]
+        lines.append(f"| {row['size']:.0e} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def results(pattern: str) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
 
@@ -176,6 +188,7 @@ def main() -> None:
         step_figure(rows).savefig(RESULTS / f"{name}.png", dpi=120)
         tables += [step_table(result), graph_table(result)]
     tables += [memory_table(result) for result in results("memory-*.json").values()]
+    tables += [sampling_table(result) for result in results("sampling-*.json").values()]
     print("\n\n".join(tables))
 
 

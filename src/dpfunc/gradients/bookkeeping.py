@@ -91,11 +91,12 @@ def clipped_sum(
             checked(loss, has_aux), plan, leaves, skeleton, arguments, randomness
         )
         with torch.autocast(leaves[0].device.type, enabled=False):
-            blocks = [chosen(parts, rule.order) for parts in found]
-            bounds = trees.map(lambda i: norm_of(blocks[i], rule, num, leaves[i]), skeleton)
+            for i, parts in enumerate(found):  # one by one: factors that are used up are freed
+                found[i] = chosen(parts, rule.order)
+            bounds = trees.map(lambda i: norm_of(found[i], rule, num, leaves[i]), skeleton)
             scales, keep, total = decide(rule, bounds, mask)
             sums = trees.map(
-                lambda i, scale: sum_of(blocks[i], torch.where(keep, scale, 0.0), leaves[i]),
+                lambda i, scale: sum_of(found[i], torch.where(keep, scale, 0.0), leaves[i]),
                 skeleton,
                 scales,
             )

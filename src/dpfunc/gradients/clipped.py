@@ -59,8 +59,8 @@ def clipped_grad(
         At most chunk_size examples' gradients are in memory at once. B = 0 gives zeros.
         Every method agrees with the others to 2e-4 of the sum's norm, in float32, and reports norms
         that are upper bounds. Shapes alone decide what is computed, never values.
-        An example with an activation or output gradient beyond 1e18 in float32 contributes 0, except
-        with "vmap", which clips it.
+        An example whose activations or output gradients reach 9e18 in float32 (norms added up over
+        the tokens of one layer) contributes 0, except with "vmap", which clips it.
 
     Raises:
         ValueError, TypeError: as `per_sample_grads` and `clip_and_sum`.

@@ -102,7 +102,7 @@ def explain(
     >>> params = {"w": torch.zeros(4, 3), "b": torch.zeros(4)}
     >>> print(explain(loss, params, torch.zeros(8, 3)))
     parameter    shape  ops     path        MFLOP   MB
-    params['b']  4      linear  per-sample    0.0  0.0  meets an op without a rule
+    params['b']  4      linear  per-sample    0.0  0.0  as small as what it touches
     params['w']  4 x 3  linear  factors       0.0  0.0
     total                                     0.0  0.0
     """
@@ -111,7 +111,7 @@ def explain(
     plan = bookkeeping.planner(loss, has_aux)(params, arguments)
     # One example of zeros: what it costs is proportional to the batch size.
     zeros = trees.map(lambda leaf: torch.zeros_like(leaf[:1]), arguments)
-    skeleton, leaves = trees.numbered(trees.map(torch.zeros_like, params))
+    skeleton, leaves = trees.numbered(trees.map(lambda leaf: leaf.detach().contiguous(), params))
     with torch.random.fork_rng(devices=[]):
         gradients, _ = bookkeeping.factored_gradients(
             checked(loss, has_aux), plan, leaves, skeleton, zeros, "different"

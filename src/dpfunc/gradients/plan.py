@@ -290,7 +290,9 @@ class _Trace(Calls):
             reason = ""
             if id(leaf) in reached or i in self.hooked:
                 reason = (
-                    "an op that it meets has no rule" if leaf.ndim > 1 else "as small as outputs"
+                    "an op that it meets has no rule"
+                    if leaf.ndim > 1
+                    else "as small as what it touches"
                 )
             elif any(t._version != version for s in seen for t, version in s.versions):
                 reason = "an op's input is changed in place afterwards"
