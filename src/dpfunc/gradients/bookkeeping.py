@@ -23,7 +23,13 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    maybe_current_level,
+)
 from torch.func import grad, vmap
 
 from dpfunc import trees
@@ -119,6 +125,9 @@ def factored_gradients(
     tapped = by_call(plan)
     others = without_rules(plan)
     rules: list[Rule] = []
+    # New memory costs more than the addition, but a compiler fuses it, and in a map of the caller's
+    # it is not known which map an output depends on.
+    in_place = not torch.compiler.is_compiling() and maybe_current_level() is None
 
     def per_example(taps: list[Tensor], rest: list[Tensor], arguments: Tree) -> Any:
         recorded: list[tuple[Tensor, ...]] = []
@@ -126,7 +135,8 @@ def factored_gradients(
         def tap(i: int, output: Tensor, met: list[tuple[Sighting, Rule, Use]]) -> Tensor:
             recorded.extend(use.inputs for _, _, use in met)
             rules.extend(rule for _, rule, _ in met)
-            return output + taps[i]
+            fresh = in_place and all(rule.fresh for _, rule, _ in met) and _is_batched(output)
+            return output.add_(taps[i]) if fresh else output + taps[i]
 
         value, aux = tapped_loss(loss, plan, leaves, skeleton, rest, arguments, tap)
         return value, (aux, recorded)
@@ -153,6 +163,12 @@ def factored_gradients(
     for (i, region), parts in factors.items():
         blocks[i].append((region, combine(parts, size_of(leaves[i], region))))
     return blocks, aux
+
+
+def _is_batched(output: Tensor) -> bool:
+    """Whether an output inside vmap(grad) depends on the example: only then can it be written to."""
+    inner = get_unwrapped(output) if is_gradtrackingtensor(output) else output
+    return is_batchedtensor(inner)
 
 
 def tapped_loss(

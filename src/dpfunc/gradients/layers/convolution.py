@@ -258,5 +258,5 @@ def _ints(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-CONVOLUTION = Rule(_uses, _factors)
-TRANSPOSED_CONVOLUTION = Rule(_transposed_uses, _factors)
+CONVOLUTION = Rule(_uses, _factors, fresh=True)
+TRANSPOSED_CONVOLUTION = Rule(_transposed_uses, _factors, fresh=True)

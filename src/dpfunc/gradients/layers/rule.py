@@ -27,6 +27,8 @@ class Rule(NamedTuple):
     factors: Callable[[Use, Tensor], Any]
     transposable: bool = False
     """Whether the parameter may also be the transpose of a view."""
+    fresh: bool = False
+    """Whether the output is new memory, no view, that the op does not keep to differentiate itself."""
 
 
 BYTES_TO_FLOPS = 4
