@@ -37,7 +37,8 @@ from dpfunc.gradients import norms
 from dpfunc.gradients.clipping import decide, lowered
 from dpfunc.gradients.layers import INSTANTIATED, Instantiated, Rule, Use, cheapest, combine
 from dpfunc.gradients.per_sample import checked
-from dpfunc.gradients.plan import Calls, Parameters, Plan, Region, Shape, Sighting, make_plan
+from dpfunc.gradients.plan import Calls, Parameters, Plan, Region, Sighting
+from dpfunc.gradients.trace import Shape, make_plan
 from dpfunc.typing import ClippingRule, Loss, Tree
 
 
