@@ -35,7 +35,7 @@ from torch.func import grad, vmap
 from dpfunc import trees
 from dpfunc.gradients import norms
 from dpfunc.gradients.clipping import decide, lowered
-from dpfunc.gradients.layers import INSTANTIATED, Instantiated, Rule, Use, cheapest, combine
+from dpfunc.gradients.layers import PER_SAMPLE_FORMS, Instantiated, Rule, Use, cheapest, combine
 from dpfunc.gradients.per_sample import checked
 from dpfunc.gradients.plan import Calls, Parameters, Plan, Region, Sighting
 from dpfunc.gradients.trace import Shape, make_plan
@@ -101,12 +101,8 @@ def clipped_sum(
             for i, parts in enumerate(found):  # one by one: factors that are used up are freed
                 found[i] = chosen(parts, rule.order)
             bounds = trees.map(lambda i: norm_of(found[i], rule, num, leaves[i]), skeleton)
-            scales, keep, total = decide(rule, bounds, mask)
-            sums = trees.map(
-                lambda i, scale: sum_of(found[i], torch.where(keep, scale, 0.0), leaves[i]),
-                skeleton,
-                scales,
-            )
+            scales, _, total = decide(rule, bounds, mask)
+            sums = trees.map(lambda i, scale: sum_of(found[i], scale, leaves[i]), skeleton, scales)
     return sums, total, aux
 
 
@@ -260,7 +256,7 @@ def chosen(blocks: Blocks, order: int) -> Blocks:
     def one(part: Any) -> Any:
         if isinstance(part, Tensor):
             return Instantiated(part, order, fresh=False)
-        if order == 2 and cheapest(part.costs()) not in INSTANTIATED:
+        if order == 2 and cheapest(part.costs()) not in PER_SAMPLE_FORMS:
             return part
         return Instantiated(part.per_sample(), order, fresh=True)
 

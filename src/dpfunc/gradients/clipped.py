@@ -58,7 +58,9 @@ def clipped_grad(
         Chunks, and padding rows with mask False, change the sum by rounding alone.
         At most chunk_size examples' gradients are in memory at once. B = 0 gives zeros.
         Every method agrees with the others to 2e-4 of the sum's norm, in float32, and reports norms
-        that are upper bounds. Shapes alone decide what is computed, never values.
+        that are upper bounds. Shapes alone decide what is computed, never an example's values.
+        Adding up rounds more than in `clip_and_sum`, except with "vmap": by at most B T u times the sum
+        over examples of scale x (sum over the T tokens of a layer of |output gradient| |input|).
         An example whose activations or output gradients reach 9e18 in float32 (norms added up over
         the tokens of one layer) contributes 0, except with "vmap", which clips it.
 

@@ -148,7 +148,10 @@ def clip_and_sum(
 
 
 def decide(rule: ClippingRule, norms: Tree, mask: Tensor | None) -> tuple[Tree, Tensor, Tensor]:
-    """From upper bounds on the norms: the scales, which examples count at all, and what to report."""
+    """From upper bounds on the norms: scales, which examples count at all, and what to report.
+
+    The scales of an example that does not count (masked, or not finite) are 0: see `_kept_to_promise`.
+    """
     total = _total(rule, norms)
     keep = total.isfinite() if mask is None else total.isfinite() & mask
     norms = trees.map(lambda norm: torch.where(keep, norm, 0.0), norms)

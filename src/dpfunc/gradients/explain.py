@@ -8,7 +8,7 @@ import torch
 
 from dpfunc import trees
 from dpfunc.gradients import bookkeeping
-from dpfunc.gradients.layers import INSTANTIATED, cheapest
+from dpfunc.gradients.layers import PER_SAMPLE_FORMS, cheapest
 from dpfunc.gradients.per_sample import check_arguments, checked
 from dpfunc.typing import Key, Loss, Tree
 
@@ -126,7 +126,7 @@ def explain(
             else (form := cheapest(part.costs()), part.costs()[form])
             for _, part in gradients[i]
         ]
-        kinds = {"per-sample" if form in INSTANTIATED else "factors" for form, _ in each}
+        kinds = {"per-sample" if form in PER_SAMPLE_FORMS else "factors" for form, _ in each}
         paths.append(
             Path(
                 parameter=name,

@@ -83,8 +83,8 @@ def clipped_sum(
 
         aux = each_block(add_norm)
         tree = trees.map(bounds.__getitem__, skeleton)
-        scales, keep, total = decide(rule, tree, mask)
-        flat = [torch.where(keep, scale, 0.0) for scale in trees.numbered(scales)[1]]
+        scales, _, total = decide(rule, tree, mask)
+        _, flat = trees.numbered(scales)
         sums = [sum_of([], flat[i], leaf) for i, leaf in enumerate(leaves)]
 
         def add_sum(i: int, blocks: Blocks) -> None:

@@ -19,7 +19,7 @@ from dpfunc.gradients.layers.registered import make_rule
 from dpfunc.gradients.layers.rule import Rule, Use, cheapest
 
 __all__ = [
-    "INSTANTIATED",
+    "PER_SAMPLE_FORMS",
     "RULES",
     "Instantiated",
     "Rule",
@@ -100,7 +100,7 @@ def register_rule(
 
 _OWN = frozenset(RULES)
 
-INSTANTIATED = ("per-sample", "matmul", "grouped")
+PER_SAMPLE_FORMS = ("per-sample", "matmul", "grouped")
 """The forms that make the gradient of every example."""
 
 
@@ -111,7 +111,7 @@ class Several(NamedTuple):
 
     def costs(self) -> dict[str, tuple[float, float]]:
         each = [
-            cost for part in self.parts for f, cost in part.costs().items() if f in INSTANTIATED
+            cost for part in self.parts for f, cost in part.costs().items() if f in PER_SAMPLE_FORMS
         ]
         return {"per-sample": (sum(f for f, _ in each), sum(b for _, b in each))}
 
