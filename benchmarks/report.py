@@ -174,6 +174,137 @@ def sampling_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+ACCOUNTANT_COLOURS = {
+    "dpfunc pld": "#c8641b",
+    "dpfunc rdp": "#f0b27a",
+    "dpfunc gdp": "#f6d9b8",
+    "opacus rdp": "#9ab8d8",
+    "opacus gdp": "#c9d9ea",
+    "opacus prv": "#1f5fa8",
+    "dp-accounting rdp": "#b9cfae",
+    "dp-accounting pld": "#4f7a3f",
+    "prv_accountant": "#7d5ba6",
+}
+
+
+def accounting_table(result: dict[str, Any]) -> str:
+    def percent(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:+.1e}" if 0 < abs(value) < 1e-4 else f"{value:+.2%}"
+
+    def milliseconds(value: float | None) -> str:
+        return "-" if value is None else f"{value * 1e3:,.{0 if value > 0.1 else 1}f}"
+
+    machine = result["machine"]
+    lines = [
+        f"Epsilon of {len(result['rows'])} logs, {machine['cpu']}, one thread:",
+        "",
+        "| accountant | offered | failed | under-reports | excess: median | worst | CPU ms: median "
+        "| p90 | max |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in (name for name in ACCOUNTANT_COLOURS if name in result["summary"]):
+        row = result["summary"][name]
+        under = row["under_reports"]
+        wrong = f"{under}, worst {row['least_excess']:+.2%}" if under else "0"
+        lines.append(
+            f"| {name} | {row['offered']} | {row['failed']} | {wrong} "
+            f"| {percent(row['median_excess'])} | {percent(row['worst_excess'])} "
+            f"| {milliseconds(row['median_cpu'])} | {milliseconds(row['p90_cpu'])} "
+            f"| {milliseconds(row['max_cpu'])} |"
+        )
+    return "\n".join(lines)
+
+
+def calibration_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| accountant | "
+        + " | ".join(_target(row["target"]) for row in result["calibration"])
+        + " |",
+        "|---" + "|---:" * len(result["calibration"]) + "|",
+    ]
+    names = [n for n in ACCOUNTANT_COLOURS if any(n in r["engines"] for r in result["calibration"])]
+    for name in names:
+        cells = [_calibrated(row["engines"].get(name, {})) for row in result["calibration"]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _target(target: dict[str, Any]) -> str:
+    return f"epsilon {target['epsilon']:g}, {target['steps']:,} steps at {target['prob']:.3g}"
+
+
+def _calibrated(answer: dict[str, Any]) -> str:
+    if "cpu" not in answer:
+        return "failed"
+    excess = answer["excess"]
+    shown = f"{excess:+.0e}" if abs(excess) < 1e-4 else f"{excess:+.2%}"
+    told = " (violates it)" if answer["violates"] else ""
+    return f"{shown}{told}, {answer['cpu']['median'] * 1e3:,.0f} ms"
+
+
+def large_table(result: dict[str, Any]) -> str:
+    lines = [
+        "| accountant | distinct | steps | built | first epsilon | another | width |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        for name, answer in row["engines"].items():
+            start = f"| {name} | {row['kind'].removeprefix('distinct ')} | {row['size']:,} |"
+            if "cpu" not in answer:
+                lines.append(f"{start} - | {answer['failed']} | - | - |")
+                continue
+            times = [f"{answer['cpu'][part] * 1e3:,.0f} ms" for part in ("build", "first", "again")]
+            lower, upper = answer["lower"], answer["upper"]
+            apart = "-" if lower is None else f"{upper - lower:.0e}"
+            lines.append(f"{start} {' | '.join(times)} | {apart} |")
+    return "\n".join(lines)
+
+
+def width(answer: dict[str, Any], truth: dict[str, Any]) -> float:
+    """Of the interval, or what stands in for it where there is no lower bound; over the truth."""
+    middle = (truth["lower"] + truth["upper"]) / 2
+    if answer["lower"] is not None:
+        return max((answer["upper"] - answer["lower"]) / middle, 1e-16)
+    return max(abs(answer["excess"]), 1e-16)
+
+
+def accounting_figure(result: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    every, one = figure.subplots(1, 2, sharey=True)
+    for name, colour in ACCOUNTANT_COLOURS.items():
+        for mark, wrong in (("o", False), ("x", True)):
+            answers = [
+                (answer["cpu"]["median"] * 1e3, width(answer, row["truth"]), answer["lower"])
+                for row in result["rows"]
+                if "cpu" in (answer := row["engines"].get(name, {}))
+                and answer["under_reports"] == wrong
+            ]
+            if answers:
+                times, widths, lower = zip(*answers, strict=True)
+                fill = colour if wrong or lower[0] is not None else "none"
+                style = {} if wrong else {"edgecolors": colour}
+                label = f"{name}, under-reports" if wrong else name
+                every.scatter(times, widths, 24, c=fill, marker=mark, label=label, **style)
+    every.set_title(f"{len(result['rows'])} logs")
+    for row in result["ladder"]:
+        steps: dict[str, list[tuple[float, float]]] = {}
+        for name, answer in row["engines"].items():
+            if "cpu" in answer and answer["lower"] is not None:
+                place = (answer["cpu"]["median"] * 1e3, width(answer, row["truth"]))
+                steps.setdefault(name.partition(",")[0], []).append(place)
+        for name, places in steps.items():
+            one.plot(*zip(*places, strict=True), "o-", color=ACCOUNTANT_COLOURS[name], label=name)
+        one.set_title(f"{row['config']}: finer and finer settings")
+    every.set_ylabel("upper - lower bound (hollow: upper bound - truth), over epsilon")
+    for axis in (every, one):
+        axis.set(xscale="log", yscale="log", xlabel="CPU ms a call")
+        axis.grid(alpha=0.3)
+    figure.legend(*every.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
 def results(pattern: str) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
 
@@ -189,6 +320,10 @@ def main() -> None:
         tables += [step_table(result), graph_table(result)]
     tables += [memory_table(result) for result in results("memory-*.json").values()]
     tables += [sampling_table(result) for result in results("sampling-*.json").values()]
+    for name, result in results("accounting-cpu.json").items():
+        accounting_figure(result).savefig(RESULTS / f"{name}.png", dpi=120)
+        tables += [accounting_table(result), calibration_table(result)]
+    tables += [large_table(result) for result in results("accounting-large-*.json").values()]
     print("\n\n".join(tables))
 
 

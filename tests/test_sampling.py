@@ -2,7 +2,9 @@
 
 import math
 import time
+from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.stats
@@ -10,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpfunc import DPSGD, Batch, poisson_batches, poisson_indices, random
+from dpfunc import DPSGD, Batch, overflow_probability, poisson_batches, poisson_indices, random
 from dpfunc.sampling.poisson import _binomial, uniform_subset
 
 KEY = random.key(2026)
@@ -223,6 +225,92 @@ def test_a_cap_keeps_a_uniform_subset_and_only_in_a_mechanism_that_says_so():
     for wrong, cap in ((mechanism(), 25), (capped, None)):
         with pytest.raises(ValueError, match="truncated_poisson"):
             poisson_batches(torch.arange(100), KEY, wrong, num_steps=1, max_batch_size=cap)
+
+
+def exact_tail(num, prob, cap):
+    """Pr[Binomial(num, prob) > cap] with 40 digits, summed from the side that converges."""
+    with mpmath.workdps(40):
+        p, q = mpmath.mpf(prob), 1 - mpmath.mpf(prob)
+        up = cap + 1 > num * p
+        at = cap + 1 if up else cap
+        log = mpmath.loggamma(num + 1) - mpmath.loggamma(at + 1) - mpmath.loggamma(num - at + 1)
+        term = mpmath.exp(log + at * mpmath.log(p) + (num - at) * mpmath.log(q))
+        total = mpmath.mpf(0)
+        while term > total * mpmath.mpf(10) ** -30:
+            total += term
+            term *= (num - at) * p / ((at + 1) * q) if up else at * q / ((num - at + 1) * p)
+            at += 1 if up else -1
+        return total if up else 1 - total
+
+
+@pytest.mark.parametrize(
+    ("num", "prob"),
+    [(2, 0.5), (10, 1e-9), (50, 0.3), (300, 0.97), (1488, 0.6066), (60_000, 0.01), (10**7, 0.9)]
+    + [(10**9, 1e-6), (2**40, 1e-9), (2**40, 1e-4)],
+)
+def test_the_overflow_is_the_tail_rounded_up_a_little(num, prob):
+    deviation = math.sqrt(num * prob * (1 - prob))
+    for away in (-13, -8, -3, -0.5, 0, 1, 4, 8, 11.5, 13, 20, 36):
+        cap = min(max(1, int(num * prob + away * deviation)), num - 1)
+        found = overflow_probability(num, sampling_prob=prob, max_batch_size=cap)
+        true = exact_tail(num, prob, cap)
+        assert true <= found <= 1.0
+        assert found <= true * (1 + mpmath.mpf(2e-8)) + mpmath.mpf(2e-30)
+
+
+@given(st.integers(1, 60), st.floats(0, 1), st.integers(1, 60))
+def test_the_overflow_is_never_below_the_sum_of_the_law(num, prob, cap):
+    found = overflow_probability(num, sampling_prob=prob, max_batch_size=cap)
+    p = Fraction(prob)
+    true = sum(math.comb(num, k) * p**k * (1 - p) ** (num - k) for k in range(cap + 1, num + 1))
+    assert true <= Fraction(found)
+    assert found <= float(true) * (1 + 2e-8) + 2e-30
+    fewer = overflow_probability(num - 1, sampling_prob=prob, max_batch_size=cap)
+    p_fewer = sum(
+        math.comb(num - 1, k) * p**k * (1 - p) ** (num - 1 - k) for k in range(cap + 1, num)
+    )
+    assert p_fewer <= Fraction(fewer)
+    assert p_fewer <= Fraction(found), "the bound for more examples serves fewer"
+
+
+def test_the_overflow_at_its_edges():
+    assert overflow_probability(0, sampling_prob=0.5, max_batch_size=1) == 1e-30
+    assert overflow_probability(100, sampling_prob=0.5, max_batch_size=100) == 1e-30
+    assert overflow_probability(100, sampling_prob=0.0, max_batch_size=1) == 1e-30
+    assert overflow_probability(100, sampling_prob=1.0, max_batch_size=99) == 1.0
+    assert overflow_probability(2**40, sampling_prob=0.5, max_batch_size=1) == 1.0
+    # Deep in the tail scipy says 0, where the truth is 1e-270.
+    assert overflow_probability(1488, sampling_prob=0.6066, max_batch_size=1420) == 1e-30
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_examples": -1}, {"num_examples": 2**40 + 1}, {"num_examples": 1.5}]
+    + [{"sampling_prob": -0.1}, {"sampling_prob": 1.1}, {"sampling_prob": math.nan}]
+    + [{"max_batch_size": 0}, {"max_batch_size": 2.5}, {"max_batch_size": None}],
+    ids=str,
+)
+def test_a_bad_number_is_refused_by_its_name(changes):
+    fields = {"num_examples": 100, "sampling_prob": 0.1, "max_batch_size": 20, **changes}
+    with pytest.raises((ValueError, TypeError), match=next(iter(changes))):
+        overflow_probability(**fields)
+
+
+def test_a_mechanism_says_how_often_it_cuts():
+    bound = overflow_probability(100, sampling_prob=0.3, max_batch_size=50)
+    capped = mechanism(sampling="truncated_poisson", overflow_prob=np.float64(bound))
+    assert type(capped.overflow_prob) is float
+    assert capped.event().overflow_prob == capped.overflow_prob == bound
+    assert mechanism().event().overflow_prob == 0.0
+    batch = next(poisson_batches(torch.ones(100), KEY, capped, num_steps=1, max_batch_size=50))
+    silent = mechanism(sampling="truncated_poisson")
+    same = next(poisson_batches(torch.ones(100), KEY, silent, num_steps=1, max_batch_size=50))
+    assert torch.equal(batch.mask, same.mask)
+    for sampling, prob in (("poisson", 0.1), ("truncated_poisson", 1.5), ("truncated_poisson", -1)):
+        with pytest.raises(ValueError, match="overflow_prob"):
+            mechanism(sampling=sampling, overflow_prob=prob)
+    with pytest.raises(TypeError, match="overflow_prob"):
+        mechanism(sampling="truncated_poisson", overflow_prob=None)
 
 
 def test_a_run_sees_few_padded_sizes():

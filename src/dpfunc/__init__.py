@@ -13,16 +13,28 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dpfunc import accounting, models, optimizers, random, testing
     from dpfunc.accounting import (
+        Repeats,
         Statement,
+        attack_advantage,
         calibrate_noise_multiplier,
         calibrate_num_steps,
         calibrate_sampling_prob,
         delta,
+        delta_bounds,
         epsilon,
+        epsilon_bounds,
+        gaussian_delta,
+        gaussian_epsilon,
+        gdp_summary,
+        posterior_odds,
+        privacy_profile,
         read_log,
+        remaining,
+        selection_epsilon,
+        trade_off,
         write_log,
     )
-    from dpfunc.events import Log, StepEvent, append
+    from dpfunc.events import Log, StepEvent, append, combined_noise_multiplier
     from dpfunc.gradients import (
         Clipped,
         ClippedWithAux,
@@ -36,7 +48,7 @@ if TYPE_CHECKING:
     )
     from dpfunc.mechanism import DPSGD
     from dpfunc.models import functional_loss
-    from dpfunc.sampling import Batch, poisson_batches, poisson_indices
+    from dpfunc.sampling import Batch, overflow_probability, poisson_batches, poisson_indices
     from dpfunc.step import (
         PartialEvent,
         TrainState,
@@ -49,17 +61,19 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "accounting": (
-        "Statement calibrate_noise_multiplier calibrate_num_steps calibrate_sampling_prob delta "
-        "epsilon read_log write_log"
+        "Repeats Statement attack_advantage calibrate_noise_multiplier calibrate_num_steps "
+        "calibrate_sampling_prob delta delta_bounds epsilon epsilon_bounds gaussian_delta "
+        "gaussian_epsilon gdp_summary posterior_odds privacy_profile read_log remaining "
+        "selection_epsilon trade_off write_log"
     ),
-    "events": "Log StepEvent append",
+    "events": "Log StepEvent append combined_noise_multiplier",
     "gradients": (
         "Clipped ClippedWithAux Explanation FlatClipping clip_and_sum clipped_grad explain "
         "per_sample_grads register_rule"
     ),
     "mechanism": "DPSGD",
     "models": "functional_loss",
-    "sampling": "Batch poisson_batches poisson_indices",
+    "sampling": "Batch overflow_probability poisson_batches poisson_indices",
     "typing": "ClippingRule",
     "step": "PartialEvent TrainState clip_and_noise make_dp_step make_train_step private_grad",
 }
@@ -76,34 +90,48 @@ __all__ = [
     "FlatClipping",
     "Log",
     "PartialEvent",
+    "Repeats",
     "Statement",
     "StepEvent",
     "TrainState",
     "__version__",
     "accounting",
     "append",
+    "attack_advantage",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",
     "calibrate_sampling_prob",
     "clip_and_noise",
     "clip_and_sum",
     "clipped_grad",
+    "combined_noise_multiplier",
     "delta",
+    "delta_bounds",
     "epsilon",
+    "epsilon_bounds",
     "explain",
     "functional_loss",
+    "gaussian_delta",
+    "gaussian_epsilon",
+    "gdp_summary",
     "make_dp_step",
     "make_train_step",
     "models",
     "optimizers",
+    "overflow_probability",
     "per_sample_grads",
     "poisson_batches",
     "poisson_indices",
+    "posterior_odds",
+    "privacy_profile",
     "private_grad",
     "random",
     "read_log",
     "register_rule",
+    "remaining",
+    "selection_epsilon",
     "testing",
+    "trade_off",
     "write_log",
 ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from dpfunc import __version__
 from dpfunc.accounting import (
     ACCOUNTANTS,
+    CLAIMS,
     calibrate_noise_multiplier,
     epsilon,
     read_log,
@@ -102,11 +103,13 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _print(options: argparse.Namespace, name: str, value: float) -> None:
+    claim = CLAIMS[options.accountant]
     if options.json:
         shown = value if value < float("inf") else "inf"  # JSON has no infinity
-        print(json.dumps({name: shown, "delta": options.delta, "accountant": options.accountant}))
+        answer = {name: shown, "delta": options.delta, "accountant": options.accountant}
+        print(json.dumps(answer | {"claim": claim}))
     else:
-        print(round_up(value, 6))
+        print(round_up(value, 6) + ("" if claim == CLAIMS["pld"] else f"  ({claim})"))
 
 
 def _train(options: argparse.Namespace) -> None:

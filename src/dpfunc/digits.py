@@ -25,8 +25,6 @@ from dpfunc.sampling import poisson_batches
 from dpfunc.step import make_train_step
 from dpfunc.typing import Key, Params
 
-ACCOUNTANT = "rdp"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -168,7 +166,6 @@ def mechanism_for(digits: Digits, settings: Settings, target_epsilon: float, del
         delta=delta,
         sampling_prob=sampling_prob,
         num_steps=settings.num_steps,
-        accountant=ACCOUNTANT,
     )
     return DPSGD(
         clipping=settings.l2_clip_norm,
@@ -195,7 +192,7 @@ def train(
         average = _averaged(average, state.params, settings.averaging)
         if done % every == 0 or done == settings.num_steps:
             held_out = accuracy(module, average, digits.validation)
-        spent = epsilon(log, delta=delta, accountant=ACCOUNTANT)
+        spent = epsilon(log, delta=delta)
         yield Progress(done, average, log, spent, held_out)
 
 
@@ -228,7 +225,6 @@ def statement_for(log: AnyLog, delta: float, seeded: bool) -> Statement:
     return Statement(
         log=log,
         delta=delta,
-        accountant=ACCOUNTANT,
         unit="training image with its label",
         released="every iterate's noisy gradient, and so all parameters, in params.safetensors too",
         caveats=tuple(caveats),

@@ -29,6 +29,8 @@ class DPSGD:
         mechanism: "gaussian".
         sampling: "poisson", "truncated_poisson" (see `poisson_batches`), or "none" (full batch).
         relation: which data sets are neighbours; the accountants say which they know.
+        overflow_prob: for "truncated_poisson", a public upper bound on the probability that a draw
+            is cut (see `overflow_probability`); 0 says that none is given. 0 for any other sampling.
 
     Guarantees:
         Fields are public by rule. No key and nothing computed from data is ever in this record.
@@ -51,6 +53,7 @@ class DPSGD:
     mechanism: str = "gaussian"
     sampling: str = "poisson"
     relation: str = "add_or_remove_one"
+    overflow_prob: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.clipping, ClippingRule):
@@ -81,8 +84,10 @@ class DPSGD:
             mechanism=self.mechanism,
             sampling=self.sampling,
             relation=self.relation,
+            overflow_prob=self.overflow_prob,
         )
         object.__setattr__(self, "sampling_prob", event.sampling_prob)
+        object.__setattr__(self, "overflow_prob", event.overflow_prob)
 
     @property
     def sensitivity(self) -> float:
@@ -100,6 +105,7 @@ class DPSGD:
             mechanism=self.mechanism,
             sampling=self.sampling,
             relation=self.relation,
+            overflow_prob=self.overflow_prob,
         )
 
 

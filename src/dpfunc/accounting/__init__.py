@@ -4,19 +4,45 @@ from dpfunc.accounting.calibration import (
     calibrate_noise_multiplier,
     calibrate_num_steps,
     calibrate_sampling_prob,
+    remaining,
 )
-from dpfunc.accounting.epsilon import ACCOUNTANTS, delta, epsilon
+from dpfunc.accounting.epsilon import ACCOUNTANTS, CLAIMS, delta, epsilon
+from dpfunc.accounting.gdp import gaussian_delta, gaussian_epsilon
 from dpfunc.accounting.logfile import read_log, write_log
+from dpfunc.accounting.pld import delta_bounds, epsilon_bounds
+from dpfunc.accounting.profile import (
+    attack_advantage,
+    gdp_summary,
+    posterior_odds,
+    privacy_profile,
+    trade_off,
+)
+from dpfunc.accounting.rdp import rdp_epsilon
+from dpfunc.accounting.selection import Repeats, selection_epsilon
 from dpfunc.accounting.statement import Statement
 
 __all__ = [
     "ACCOUNTANTS",
+    "CLAIMS",
+    "Repeats",
     "Statement",
+    "attack_advantage",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",
     "calibrate_sampling_prob",
     "delta",
+    "delta_bounds",
     "epsilon",
+    "epsilon_bounds",
+    "gaussian_delta",
+    "gaussian_epsilon",
+    "gdp_summary",
+    "posterior_odds",
+    "privacy_profile",
+    "rdp_epsilon",
     "read_log",
+    "remaining",
+    "selection_epsilon",
+    "trade_off",
     "write_log",
 ]

@@ -13,6 +13,11 @@ from typing import Any
 from dpfunc.events import AnyLog, Log, StepEvent
 
 FORMAT = 1
+ALWAYS = ("noise_multiplier", "sampling_prob", "count", "mechanism", "sampling", "relation")
+"""The fields that the first version wrote, and every version writes. To leave one out would be to
+guess: most of their defaults are those that cost the least privacy."""
+LATER = {field.name: field.default for field in fields(StepEvent) if field.name not in ALWAYS}
+"""Fields that came later, written where they differ from their default, and read as it if missing."""
 
 
 def write_log(path: str | os.PathLike[str], log: AnyLog) -> None:
@@ -23,7 +28,8 @@ def write_log(path: str | os.PathLike[str], log: AnyLog) -> None:
         log: what ran.
 
     Guarantees:
-        `read_log(path) == log`. A kill leaves the old file or the new one. No key is in it.
+        `read_log(path) == log`. A log that uses no later field is written as the first version did.
+        A kill leaves the old file or the new one. No key is in it.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -40,10 +46,11 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         path: of the file.
 
     Returns:
-        The log.
+        The log. A file from before a field was added reads as one with that field's default.
 
     Raises:
-        ValueError: another format or version, an unknown or missing field, a damaged line.
+        ValueError: another format or version, an unknown field, a missing one that every version
+            writes, a damaged line.
         OSError: the file cannot be read.
     """
     text = Path(path).read_text()
@@ -79,7 +86,11 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 def event_to_json(event: StepEvent) -> dict[str, Any]:
     """An event as JSON can hold it."""
     # JSON has no infinity; the string reads back through float().
-    return {k: "inf" if v == math.inf else v for k, v in asdict(event).items()}
+    return {
+        name: "inf" if value == math.inf else value
+        for name, value in asdict(event).items()
+        if name not in LATER or value != LATER[name]
+    }
 
 
 def _parse(line: str, path: Any, number: int) -> Any:
@@ -92,10 +103,10 @@ def _parse(line: str, path: Any, number: int) -> Any:
 
 
 def _from_json(entry: Any, path: Any, number: int) -> StepEvent:
-    names = {field.name for field in fields(StepEvent)}
-    if not isinstance(entry, dict) or set(entry) != names:
+    if not isinstance(entry, dict) or set(entry) - set(LATER) != set(ALWAYS):
         raise ValueError(
-            f"Expected line {number} of {path} to have the fields {sorted(names)}, got {entry!r}."
+            f"Expected line {number} of {path} to have the fields {', '.join(ALWAYS)}, and beside them "
+            f"at most {', '.join(LATER)}, got {entry!r}."
         )
     if entry["noise_multiplier"] == "inf":
         entry = {**entry, "noise_multiplier": math.inf}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,13 @@ from dpfunc.events import AnyLog, Log, StepEvent
 ORDERS: tuple[float, ...] = tuple(1.0 + np.geomspace(1e-2, 1e4, 49))
 _MOST_NODES = 200_000
 _ROUNDING = 2.0**-50
+
+
+class RenyiEpsilon(NamedTuple):
+    """An epsilon, and the order of the Renyi divergence that gives it."""
+
+    epsilon: float
+    best_order: float
 
 
 def rdp(event: StepEvent, orders: Sequence[float] = ORDERS) -> NDArray[np.float64]:
@@ -64,9 +71,7 @@ def rdp(event: StepEvent, orders: Sequence[float] = ORDERS) -> NDArray[np.float6
         return np.nextafter(one * float(event.count), math.inf) if one.any() else one
 
 
-def rdp_epsilon(
-    log: AnyLog, delta: float, orders: Sequence[float] | None = None
-) -> tuple[float, float]:
+def rdp_epsilon(log: AnyLog, delta: float, orders: Sequence[float] | None = None) -> RenyiEpsilon:
     """Epsilon at delta, and the order that gives it (nan where nothing was released).
 
     Args:
@@ -75,18 +80,18 @@ def rdp_epsilon(
         orders: to choose from; None searches all real orders in [1.01, 10001].
 
     Returns:
-        (epsilon, best order). Every order gives a bound, so the search can cost tightness alone.
+        RenyiEpsilon(epsilon, best_order). Every order gives a bound, so the search can cost tightness alone.
 
     Source: Canonne, Kamath, Steinke 2020, arXiv:2004.00010, Proposition 12, solved for epsilon.
 
     >>> log = (StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000),)
-    >>> epsilon, order = rdp_epsilon(log, 1e-5)
-    >>> round(epsilon, 3), round(order, 1)
+    >>> spent = rdp_epsilon(log, 1e-5)
+    >>> round(spent.epsilon, 3), round(spent.best_order, 1)
     (2.101, 7.8)
     """
-    return _best(log, orders, lambda total, order: (
+    return RenyiEpsilon(*_best(log, orders, lambda total, order: (
         total + np.log1p(-1 / order) - (math.log(delta) + np.log(order)) / (order - 1)
-    ))  # fmt: skip
+    )))  # fmt: skip
 
 
 def rdp_delta(log: AnyLog, epsilon: float, orders: Sequence[float] | None = None) -> float:

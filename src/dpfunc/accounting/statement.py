@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import dataclass
 
 from dpfunc import _checks
-from dpfunc.accounting.epsilon import epsilon
+from dpfunc.accounting.epsilon import CLAIMS, epsilon
 from dpfunc.accounting.logfile import event_to_json
 from dpfunc.events import AnyLog, Log
 
@@ -49,8 +49,8 @@ class Statement:
 
     >>> from dpfunc.events import StepEvent
     >>> log = (StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000),)
-    >>> round(Statement(log=log, delta=1e-5, accountant="rdp", released="the parameters").epsilon, 2)
-    2.1
+    >>> round(Statement(log=log, delta=1e-5, released="the parameters").epsilon, 4)
+    1.8282
     """
 
     log: AnyLog
@@ -82,7 +82,7 @@ class Statement:
             ("Released", self.released),
             ("What ran", _what_ran(self.log)),
             ("Assumes", assumes.format(unit=self.unit)),
-            ("Accountant", f"{self.accountant}, an upper bound"),
+            ("Accountant", f"{self.accountant}, {CLAIMS[self.accountant]}"),
             *(("Not covered", caveat) for caveat in self.caveats),
         ]
         return "\n".join(
