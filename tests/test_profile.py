@@ -210,14 +210,14 @@ class TestTradeOff:
     @settings(max_examples=5)
     def test_it_touches_the_line_of_every_epsilon_and_delta(self, log, epsilons):
         """At e^epsilon, least of false negatives + e^epsilon false positives: 1 - delta."""
-        fine = np.concatenate([np.geomspace(1e-9, 0.1, 60), np.linspace(0.1, 1.0, 90)])
+        fine = np.concatenate([np.geomspace(1e-9, 0.1, 200), np.linspace(0.1, 1.0, 200)])
         rates, missed = trade_off(log, false_positive_rates=np.append(0.0, fine))
         for epsilon in epsilons:
             lower, upper = delta_bounds(log, epsilon=epsilon)
             for one, other in ((rates, missed), (missed, rates)):
                 least = (other + math.exp(epsilon) * one).min()
                 assert least >= 1 - upper - 1e-6 * math.exp(epsilon)
-                assert least <= 1 - lower + 1e-3
+                assert least <= 1 - lower + 2e-3  # for the steps of the rates
 
     @given(logs)
     @settings(max_examples=5)
