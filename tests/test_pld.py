@@ -460,6 +460,22 @@ class TestLargeLogs:
         log = Log([full, *(run(1 + i / 1000, 0.01, 1) for i in range(600))])
         assert epsilon_bounds(log, delta=1e-6)[0] > epsilon_bounds(log[1:], delta=1e-6)[1]
 
+    def test_what_is_refused_alone_is_refused_among_many(self):
+        kinds = [run(1 + i / 1000, 0.01, 1, sampling="truncated_poisson") for i in range(600)]
+        assert directions.contents_of(Log(kinds)).grids
+        with pytest.raises(ValueError, match="does not guess.*overflow_prob"):
+            epsilon(Log(kinds), delta=1e-6)
+        exact = epsilon_bounds(Log(replace(one, sampling="poisson") for one in kinds), delta=1e-6)
+        cut = epsilon_bounds(Log(replace(one, overflow_prob=1e-15) for one in kinds), delta=1e-6)
+        assert cut[0] < exact[0] <= exact[1] < cut[1] < exact[1] + 1e-3
+        fixed = run(1.0, 0.01, 1, sampling="fixed_without_replacement")
+        with pytest.raises(ValueError, match="Groups"):
+            epsilon_bounds(
+                Log([*(run(1 + i / 1000, 0.01, 1) for i in range(600)), fixed]),
+                delta=1e-6,
+                group_size=2,
+            )
+
 
 NOTHING = [(), (run(count=0),), (run(sampling_prob=0.0),), (run(noise_multiplier=math.inf),)]
 

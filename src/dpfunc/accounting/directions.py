@@ -153,7 +153,7 @@ def _direction(name: str, contents: Contents, group_size: int) -> Direction:
     dominating: list[tuple[Pair, float]] = []
     realised: list[tuple[Pair, float]] = []
     for step in steps:
-        _refuse_unknown(step, group_size)
+        _refuse_unknown(step.kind, step.sampling_prob, group_size)
         overflow += step.count * step.kind.overflow_prob
         hits += step.count * group_size * step.sampling_prob * (1 + 1e-9)
         shift = _full_batch_shift(step, group_size)
@@ -171,6 +171,7 @@ def _direction(name: str, contents: Contents, group_size: int) -> Direction:
     standing = []
     for grid in contents.grids:
         kind = contents.kinds[grid.kind]
+        _refuse_unknown(kind, float(grid.sampling_prob[0]), group_size)
         overflow += grid.total * kind.overflow_prob
         standing.append(_stack(name, grid, kind, group_size))
     return Direction(
@@ -210,15 +211,14 @@ def _stack(name: str, grid: Grid, kind: Kind, group_size: int) -> Stack:
     return replace(stack, shape=grid.shape, total=grid.total)
 
 
-def _refuse_unknown(step: Step, group_size: int) -> None:
-    kind = step.kind
+def _refuse_unknown(kind: Kind, sampling_prob: float, group_size: int) -> None:
     fixed, laplace = kind.sampling == "fixed_without_replacement", kind.mechanism == "laplace"
     advice = ""
     if kind.sampling == "truncated_poisson" and not kind.overflow_prob:
         advice = "Say overflow_prob in the event: how likely is a draw beyond the cap, at most?"
     elif group_size > 1 and (fixed or laplace):
         advice = "Groups are known for Gaussian noise on Poisson batches, or on all the data."
-    elif laplace and (fixed or (kind.relation == "replace_one" and step.sampling_prob < 1.0)):
+    elif laplace and (fixed or (kind.relation == "replace_one" and sampling_prob < 1.0)):
         advice = "Laplace noise is known for Poisson batches under add or remove one."
     if advice:
         raise ValueError(

@@ -54,12 +54,8 @@ class Stack:
     total: float = 0.0
     """How many steps the grid stands for."""
 
-    def sum(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Of count times the values (pairs, ...)."""
-        return np.tensordot(self.counts, values, axes=1)
-
     def interpolation_error(self, values: NDArray[Any]) -> Any:
-        """An estimate of the error of `sum`, for values that depend smoothly on noise and probability."""
+        """An estimate of the error of sums of count times values (pairs, ...), where these depend smoothly on both."""
         return 0.0 if self.shape is None else self.total * residual(values, self.shape)
 
 

@@ -2,7 +2,7 @@
 
 The privacy loss of a log is a sum of independent losses, one for each step. Its profile comes from
 the cheapest of three methods that serves: a closed form (full batches; one subsampled step), the
-contour sum of contour.py (most logs, a millisecond), or the lattice of lattice.py (few or rarely hit
+contour sum of contour.py (most logs, a millisecond), or the lattice of lattice/ (few or rarely hit
 steps, Laplace noise, batches of a fixed size). Each gives an upper and a lower bound with its errors
 inside, so the truth is between them.
 """
