@@ -463,7 +463,7 @@ class TestLargeLogs:
     def test_what_is_refused_alone_is_refused_among_many(self):
         kinds = [run(1 + i / 1000, 0.01, 1, sampling="truncated_poisson") for i in range(600)]
         assert directions.contents_of(Log(kinds)).grids
-        with pytest.raises(ValueError, match="does not guess.*overflow_prob"):
+        with pytest.raises(ValueError, match=r"does not guess.*overflow_prob"):
             epsilon(Log(kinds), delta=1e-6)
         exact = epsilon_bounds(Log(replace(one, sampling="poisson") for one in kinds), delta=1e-6)
         cut = epsilon_bounds(Log(replace(one, overflow_prob=1e-15) for one in kinds), delta=1e-6)

@@ -55,7 +55,7 @@ class Stack:
     """How many steps the grid stands for."""
 
     def interpolation_error(self, values: NDArray[Any]) -> Any:
-        """An estimate of the error of sums of count times values (pairs, ...), where these depend smoothly on both."""
+        """An estimate of the error of sums of count times values (pairs, ...) that are smooth in both."""
         return 0.0 if self.shape is None else self.total * residual(values, self.shape)
 
 

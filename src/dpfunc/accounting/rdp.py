@@ -80,7 +80,14 @@ def rdp_epsilon(log: AnyLog, delta: float, orders: Sequence[float] | None = None
         orders: to choose from; None searches all real orders in [1.01, 10001].
 
     Returns:
-        RenyiEpsilon(epsilon, best_order). Every order gives a bound, so the search can cost tightness alone.
+        RenyiEpsilon(epsilon, best_order).
+
+    Guarantees:
+        An upper bound: every order gives one, so the search can cost tightness alone.
+
+    Raises:
+        ValueError: an event that is not Gaussian, sampled "poisson" or "none", under
+            add-or-remove-one; no orders, or one that is not above 1.
 
     Source: Canonne, Kamath, Steinke 2020, arXiv:2004.00010, Proposition 12, solved for epsilon.
 
