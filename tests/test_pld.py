@@ -242,6 +242,32 @@ class TestContour:
                 assert low <= math.log(d) + slack
                 assert high >= math.log(d) - slack
 
+    @pytest.mark.parametrize(("noise", "prob"), [(4.0, 0.01), (1.0, 0.01), (0.7, 0.05)])
+    def test_another_contour_says_below_of_less_and_never_of_more(self, noise, prob):
+        def steps(count):
+            (one, _) = directions.directions(directions.contents_of(Log([run(noise, prob, count)])))
+            return pld._steps(one, one.dominating)
+
+        target = math.log(1e-6)
+        less, more = (contour.epsilon_bounds(steps(count), target) for count in (1000, 1001))
+        assert contour.epsilon_bounds(steps(1000), target, more).upper == more.lower
+        found = contour.epsilon_bounds(steps(1001), target, less)
+        assert less.upper < found.lower == more.lower <= found.upper == more.upper
+
+    @pytest.mark.parametrize("part", [0.2, 0.3, 0.4])
+    def test_a_sum_cut_short_is_a_bound_by_what_its_tail_is(self, part):
+        (one, _) = directions.directions(directions.contents_of(Log([run(1.0, 0.01, 1000)])))
+        steps, target = pld._steps(one, one.dominating), math.log(1e-5)
+        whole = contour.epsilon_bounds(steps, target)
+        theta, t = float(whole.contour.z[0].real), whole.contour.z.imag
+        size = int(part * len(t))
+        tilted = contour._tilted(steps, theta, float(t[-1]))
+        log_tail = contour._log_tail(steps, tilted, float(t[size - 1]))
+        short = contour._sum(steps, theta, tilted, whole.contour.spacing, size, log_tail)
+        alone = contour._sum(steps, theta, tilted, whole.contour.spacing, size, -700.0)
+        assert contour.log_delta_bounds(alone, whole.upper)[1] < target - 1e-6
+        assert contour.log_delta_bounds(short, whole.upper)[1] >= target - 1e-9
+
     @given(logs, deltas)
     @settings(max_examples=30)
     def test_chernoff_is_above(self, log, d):
