@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dpfunc import accounting, models, optimizers, random, testing
+    from dpfunc import accounting, models, optimizers, random, schedules, testing
     from dpfunc.accounting import (
         Repeats,
         Statement,
+        account_as,
         attack_advantage,
         calibrate_noise_multiplier,
         calibrate_num_steps,
@@ -34,70 +35,113 @@ if TYPE_CHECKING:
         trade_off,
         write_log,
     )
-    from dpfunc.events import Log, StepEvent, append, combined_noise_multiplier
+    from dpfunc.events import (
+        Log,
+        StepEvent,
+        append,
+        combined_noise_multiplier,
+        noise_multiplier_beside,
+    )
     from dpfunc.gradients import (
+        AutomaticClipping,
         Clipped,
         ClippedWithAux,
+        CustomClipping,
         Explanation,
         FlatClipping,
+        L1Clipping,
+        Observation,
+        PerGroupClipping,
+        PerSampleAdaptiveClipping,
         clip_and_sum,
         clipped_grad,
         explain,
+        observe,
         per_sample_grads,
         register_rule,
     )
-    from dpfunc.mechanism import DPSGD
-    from dpfunc.models import functional_loss
+    from dpfunc.mechanism import DPSGD, ScheduledClipping
+    from dpfunc.models import average_over_augmentations, functional_loss
     from dpfunc.sampling import Batch, overflow_probability, poisson_batches, poisson_indices
+    from dpfunc.schedules import Schedule
     from dpfunc.step import (
+        Accumulated,
+        Accumulator,
         PartialEvent,
         TrainState,
         clip_and_noise,
+        make_accumulator,
         make_dp_step,
         make_train_step,
+        parts_of,
         private_grad,
     )
-    from dpfunc.typing import ClippingRule
+    from dpfunc.telemetry import AdaptiveClipping, ClipFraction, MeanLoss, NormQuantile
+    from dpfunc.typing import ClippingRule, Observed, Query
 
 _ROOMS = {
     "accounting": (
-        "Repeats Statement attack_advantage calibrate_noise_multiplier calibrate_num_steps "
+        "Repeats Statement account_as attack_advantage calibrate_noise_multiplier calibrate_num_steps "
         "calibrate_sampling_prob delta delta_bounds epsilon epsilon_bounds gaussian_delta "
         "gaussian_epsilon gdp_summary posterior_odds privacy_profile read_log remaining "
         "selection_epsilon trade_off write_log"
     ),
-    "events": "Log StepEvent append combined_noise_multiplier",
+    "events": "Log StepEvent append combined_noise_multiplier noise_multiplier_beside",
     "gradients": (
-        "Clipped ClippedWithAux Explanation FlatClipping clip_and_sum clipped_grad explain "
-        "per_sample_grads register_rule"
+        "AutomaticClipping Clipped ClippedWithAux CustomClipping Explanation FlatClipping L1Clipping "
+        "Observation PerGroupClipping PerSampleAdaptiveClipping clip_and_sum clipped_grad explain "
+        "observe per_sample_grads register_rule"
     ),
-    "mechanism": "DPSGD",
-    "models": "functional_loss",
+    "mechanism": "DPSGD ScheduledClipping",
+    "models": "average_over_augmentations functional_loss",
     "sampling": "Batch overflow_probability poisson_batches poisson_indices",
-    "typing": "ClippingRule",
-    "step": "PartialEvent TrainState clip_and_noise make_dp_step make_train_step private_grad",
+    "schedules": "Schedule",
+    "step": (
+        "Accumulated Accumulator PartialEvent TrainState clip_and_noise make_accumulator make_dp_step "
+        "make_train_step parts_of private_grad"
+    ),
+    "telemetry": "AdaptiveClipping ClipFraction MeanLoss NormQuantile",
+    "typing": "ClippingRule Observed Query",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
-_MODULES = ("accounting", "models", "optimizers", "random", "testing")
+_MODULES = ("accounting", "models", "optimizers", "random", "schedules", "testing")
 
 __all__ = [
     "DPSGD",
+    "Accumulated",
+    "Accumulator",
+    "AdaptiveClipping",
+    "AutomaticClipping",
     "Batch",
+    "ClipFraction",
     "Clipped",
     "ClippedWithAux",
     "ClippingRule",
+    "CustomClipping",
     "Explanation",
     "FlatClipping",
+    "L1Clipping",
     "Log",
+    "MeanLoss",
+    "NormQuantile",
+    "Observation",
+    "Observed",
     "PartialEvent",
+    "PerGroupClipping",
+    "PerSampleAdaptiveClipping",
+    "Query",
     "Repeats",
+    "Schedule",
+    "ScheduledClipping",
     "Statement",
     "StepEvent",
     "TrainState",
     "__version__",
+    "account_as",
     "accounting",
     "append",
     "attack_advantage",
+    "average_over_augmentations",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",
     "calibrate_sampling_prob",
@@ -114,11 +158,15 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "gdp_summary",
+    "make_accumulator",
     "make_dp_step",
     "make_train_step",
     "models",
+    "noise_multiplier_beside",
+    "observe",
     "optimizers",
     "overflow_probability",
+    "parts_of",
     "per_sample_grads",
     "poisson_batches",
     "poisson_indices",
@@ -129,6 +177,7 @@ __all__ = [
     "read_log",
     "register_rule",
     "remaining",
+    "schedules",
     "selection_epsilon",
     "testing",
     "trade_off",

@@ -7,7 +7,7 @@ zipped, only mapped over by structure.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
@@ -53,6 +53,38 @@ def batch_size(tree: Tree, name: str) -> int:
             "Did a loss average over the batch, or is one leaf not batched?"
         )
     return found[0][1].shape[0]
+
+
+def batch_first(tree: Tree, axes: Tree, name: str) -> Tree:
+    """The tree with the batch axis of every leaf moved to the front; axes is a prefix of numbers."""
+    return _moved(tree, axes, name, lambda leaf, axis: leaf.movedim(axis, 0))
+
+
+def batch_at(tree: Tree, axes: Tree, name: str) -> Tree:
+    """The tree with the batch axis, in front, moved to where axes says."""
+    return _moved(tree, axes, name, lambda leaf, axis: leaf.movedim(0, axis))
+
+
+def _moved(tree: Tree, axes: Tree, name: str, move: Callable[[Tensor, int], Tensor]) -> Tree:
+    if isinstance(axes, int) and axes == 0:
+        return tree
+    prefixes, numbers, _ = optree.tree_flatten_with_path(axes)  # pyright: ignore[reportArgumentType]
+    paths, leaves, spec = optree.tree_flatten_with_path(tree)
+    out = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        found = [n for at, n in zip(prefixes, numbers, strict=True) if path[: len(at)] == at]
+        if len(found) != 1 or not isinstance(found[0], int) or isinstance(found[0], bool):
+            raise ValueError(
+                f"Expected batch_axes to be a pytree prefix of {name} with a whole number for each leaf, "
+                f"got {axes!r}, which has {found or 'none'} for the leaf at {dotted(path)!r}."
+            )
+        if not -leaf.ndim <= found[0] < leaf.ndim:
+            raise ValueError(
+                f"Expected batch_axes to name an axis of {name} at {dotted(path)!r}, which has "
+                f"{leaf.ndim}, got {found[0]}."
+            )
+        out.append(move(leaf, found[0]))
+    return optree.tree_unflatten(spec, out)
 
 
 def check_floating(tree: Tree, name: str, advice: str) -> None:
@@ -103,9 +135,12 @@ def _tags(paths: tuple[tuple[Any, ...], ...]) -> tuple[int, ...]:
 
 
 def map_with_tags(
-    f: Callable[[Tensor, Tensor], Tensor], tree: Tree, of_tags: Callable[[list[int]], Tensor]
+    f: Callable[..., Tensor],
+    tree: Tree,
+    of_tags: Callable[[list[int]], Tensor],
+    of_paths: Callable[[tuple[str, ...]], Sequence[Any]],
 ) -> Tree:
-    """Map `f(leaf, row)` over a tree, the row being the leaf's own row of `of_tags(tags)`.
+    """Map `f(leaf, row, value)` over a tree: the leaf's own row of `of_tags(tags)` and of `of_paths(paths)`.
 
     A tag is 64 bits of SHA-256 of the leaf's path, so it does not depend on the other leaves or on
     their order. Two leaves of one tree with the same tag are refused.
@@ -116,7 +151,22 @@ def map_with_tags(
         raise ValueError(
             "Expected leaf paths with different 64-bit tags, got two that agree. Rename one."
         )
-    keyed = of_tags(list(tags)).unbind(0)
+    keyed = of_tags(list(tags)).unbind(0) if tags else ()
+    others = of_paths(tuple(dotted(path) for path in paths))
     return optree.tree_unflatten(
-        spec, [f(leaf, row) for leaf, row in zip(values, keyed, strict=True)]
+        spec, [f(*each) for each in zip(values, keyed, others, strict=True)]
     )
+
+
+def map_with_paths(
+    f: Callable[..., Any], tree: Tree, of_paths: Callable[[tuple[str, ...]], Sequence[Any]]
+) -> Tree:
+    """Map `f(leaf, value)` over a tree, the value being the leaf's own of `of_paths(paths)`."""
+    paths, leaves, spec = optree.tree_flatten_with_path(tree)
+    values = of_paths(tuple([dotted(path) for path in paths]))
+    return optree.tree_unflatten(spec, [f(*each) for each in zip(leaves, values, strict=True)])
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A path as people write it: `conv1.weight`."""
+    return ".".join([str(entry) for entry in path])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,10 @@ class ClippingRule(Protocol):
     with a 0-d scale for each. It is mapped over the batch: it never sees another example. The
     promise: the vector of `scale * norm` over the leaves has L2 norm (L1 norm where `order` is 1)
     at most `sensitivity`.
+
+    A rule may have a method `noise_scales(paths)` too: for the dotted path of each leaf a number that
+    takes the place of the sensitivity in the noise of that leaf. The promise then is also that the
+    vector of `scale * norm / noise_scale` has norm at most 1.
     """
 
     @property
@@ -39,6 +43,41 @@ class ClippingRule(Protocol):
     def order(self) -> int: ...
 
     def scales(self, norms: Tree) -> Tree: ...
+
+
+class Observed(NamedTuple):
+    """What a query on a batch may look at. PRIVATE, every number of it."""
+
+    norms: Tensor
+    """(B,), float64: each example's gradient norm before clipping, in the order of the rule."""
+    losses: Tensor | None
+    """(B,): each example's loss, where some query has `needs_loss`."""
+    clip_norm: Tensor
+    """0-d, float64: the sensitivity of this step's clipped sum, in gradient units. Public."""
+
+
+@runtime_checkable
+class Query(Protocol):
+    """A number about a batch that is released beside the gradient, with noise of its own.
+
+    Every example answers with a value in [-1, 1]; the noisy sum of the values, divided by the expected
+    batch size, makes the next state from the one before. The state is public: it is what is reported.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def noise_multiplier(self) -> float: ...
+
+    @property
+    def needs_loss(self) -> bool: ...
+
+    def init(self) -> float: ...
+
+    def values(self, observed: Observed, state: Tensor) -> Tensor: ...
+
+    def update(self, state: Tensor, mean: Tensor) -> Tensor: ...
 
 
 Key: TypeAlias = "Tensor"

@@ -6,6 +6,7 @@ from dpfunc.accounting.calibration import (
     calibrate_sampling_prob,
     remaining,
 )
+from dpfunc.accounting.custom import account_as
 from dpfunc.accounting.epsilon import ACCOUNTANTS, CLAIMS, delta, epsilon
 from dpfunc.accounting.gdp import gaussian_delta, gaussian_epsilon
 from dpfunc.accounting.logfile import read_log, write_log
@@ -26,6 +27,7 @@ __all__ = [
     "CLAIMS",
     "Repeats",
     "Statement",
+    "account_as",
     "attack_advantage",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",

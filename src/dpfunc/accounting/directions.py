@@ -31,7 +31,7 @@ from dpfunc.accounting.interpolation import Cells, Grid, fold, grids, some_of
 from dpfunc.accounting.laplace import LaplacePair, SplicedPair
 from dpfunc.accounting.moments import Stack, stacks
 from dpfunc.accounting.pairs import GaussianPair, Pair
-from dpfunc.events import Columns, Kind, Log
+from dpfunc.events import MECHANISMS, Columns, Kind, Log
 
 Counted = tuple[tuple[Pair, float], ...]
 NOISES = 0.01, 1e8
@@ -214,7 +214,9 @@ def _stack(name: str, grid: Grid, kind: Kind, group_size: int) -> Stack:
 def _refuse_unknown(kind: Kind, sampling_prob: float, group_size: int) -> None:
     fixed, laplace = kind.sampling == "fixed_without_replacement", kind.mechanism == "laplace"
     advice = ""
-    if kind.sampling == "truncated_poisson" and not kind.overflow_prob:
+    if kind.mechanism not in MECHANISMS:
+        advice = "Say what noise of your own costs: account_as(log, mechanism, events)."
+    elif kind.sampling == "truncated_poisson" and not kind.overflow_prob:
         advice = "Say overflow_prob in the event: how likely is a draw beyond the cap, at most?"
     elif group_size > 1 and (fixed or laplace):
         advice = "Groups are known for Gaussian noise on Poisson batches, or on all the data."

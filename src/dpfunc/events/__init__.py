@@ -5,6 +5,7 @@ an event that it does not know, it does not guess. Everything in an event is pub
 """
 
 from dpfunc.events.event import (
+    CUSTOM,
     MAX_COUNT,
     MECHANISMS,
     RELATIONS,
@@ -12,12 +13,14 @@ from dpfunc.events.event import (
     Kind,
     StepEvent,
     combined_noise_multiplier,
+    noise_multiplier_beside,
 )
 from dpfunc.events.log import AnyLog, Log, append
 from dpfunc.events.store import Columns
 from dpfunc.events.store import _Store as _Store  # for the tests of what threads see
 
 __all__ = [
+    "CUSTOM",
     "MAX_COUNT",
     "MECHANISMS",
     "RELATIONS",
@@ -29,4 +32,5 @@ __all__ = [
     "StepEvent",
     "append",
     "combined_noise_multiplier",
+    "noise_multiplier_beside",
 ]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from dpfunc import _checks
 
 MECHANISMS = ("gaussian", "laplace")
+CUSTOM = "custom:"
+"""What the name of a noise begins with that accountants know nothing of."""
 SAMPLINGS = ("poisson", "truncated_poisson", "fixed_without_replacement", "none")
 MAX_COUNT = 10**300  # a float can still hold it
 RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
@@ -36,7 +38,8 @@ class StepEvent:
             standard deviation for "gaussian" (L2 norm), b for "laplace" (L1 norm).
         sampling_prob: probability that an example is in the batch, in [0, 1].
         count: how many such releases, a whole number in [0, 1e300].
-        mechanism: "gaussian" or "laplace".
+        mechanism: "gaussian" or "laplace"; or "custom:NAME", which every accountant refuses until
+            `account_as` says what it costs. Its noise_multiplier is finite.
         sampling: "poisson" (each example in or out independently), "truncated_poisson" (Poisson,
             then a uniform subset where the batch would exceed a public cap),
             "fixed_without_replacement", or "none" (every example, probability 1).
@@ -75,7 +78,15 @@ class StepEvent:
         put("sampling_prob", _checks.probability(sampling_prob=self.sampling_prob) + 0.0)
         put("count", _checked_count(_checks.integer(at_least=0, count=self.count)))
         put("overflow_prob", _checks.probability(overflow_prob=self.overflow_prob) + 0.0)
-        _checks.choice(MECHANISMS, mechanism=self.mechanism)
+        if (
+            isinstance(self.mechanism, str)
+            and self.mechanism.removeprefix(CUSTOM) != self.mechanism
+        ):
+            _checks.finite_non_negative(noise_multiplier=self.noise_multiplier)
+        else:
+            _checks.choice(
+                MECHANISMS, "Noise of your own is named 'custom:NAME'.", mechanism=self.mechanism
+            )
         _checks.choice(SAMPLINGS, _LOADERS, sampling=self.sampling)
         _checks.choice(RELATIONS, relation=self.relation)
         if self.sampling == "none" and self.sampling_prob != 1.0:
@@ -139,6 +150,43 @@ def combined_noise_multiplier(*noise_multipliers: float) -> float:
     total = sum(1 / Fraction(m) ** 2 for m in finite)
     while total * Fraction(value) ** 2 > 1:
         value = math.nextafter(value, 0.0)
+    return value
+
+
+def noise_multiplier_beside(*noise_multipliers: float, combined: float) -> float:
+    """The noise multiplier of one more query on a draw, so that all of them together have `combined`.
+
+    For the gradient beside telemetry or adaptive clipping: `combined` is what was calibrated.
+
+    Args:
+        noise_multipliers: of the other queries, in (combined, inf]; may be none.
+        combined: what the event shall have, finite, > 0.
+
+    Returns:
+        (combined ** -2 - sum of noise_multiplier ** -2) ** -1/2.
+
+    Guarantees:
+        `combined_noise_multiplier` of it and the others is at least combined.
+
+    Raises:
+        ValueError, TypeError: the others alone already have a combined multiplier that is no larger.
+
+    Source: that of `combined_noise_multiplier`; Andrew et al. 2021, arXiv:1905.03871, section 3.1.
+
+    >>> noise_multiplier_beside(4.0, combined=2.4)
+    3.0
+    """
+    combined = _checks.positive(combined=combined)
+    others = [_checks.positive(noise_multiplier=m) for m in noise_multipliers if m != math.inf]
+    left = 1 / Fraction(combined) ** 2 - sum(1 / Fraction(m) ** 2 for m in others)
+    if left <= 0:
+        raise ValueError(
+            f"Expected queries whose noise leaves room within combined={combined}, got the multipliers "
+            f"{', '.join(map(repr, others))}. Give them more noise: a tenth of the expected batch size, say."
+        )
+    value = combined * math.sqrt(1 / (combined * combined * left))
+    while combined_noise_multiplier(value, *others) < combined:
+        value = math.nextafter(value, math.inf)
     return value
 
 

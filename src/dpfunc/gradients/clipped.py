@@ -17,7 +17,7 @@ from dpfunc.gradients.clipping import (
     ClippedWithAux,
     as_rule,
     check_mask,
-    clip_and_sum,
+    sum_by,
 )
 from dpfunc.gradients.per_sample import batched_grads, check_arguments, refuse_keywords
 from dpfunc.gradients.plan import Plan
@@ -35,11 +35,12 @@ def clipped_grad(
     has_aux: bool = False,
     has_key: bool = False,
     randomness: str = "error",
+    batch_axes: Tree = 0,
 ) -> Callable[..., Any]:
     """Turn the loss of one example into the sum over a batch of its clipped gradients.
 
     Args:
-        loss, has_aux, has_key, randomness: as for `per_sample_grads`.
+        loss, has_aux, has_key, randomness, batch_axes: as for `per_sample_grads`.
         clipping: the largest L2 norm of one example, in gradient units, or a clipping rule.
         method: how, never what. "bookkeeping" makes the sum in one pass from the inputs and output
             gradients of linear layers, convolutions and embeddings (`explain` says where), at about
@@ -76,12 +77,15 @@ def clipped_grad(
     tensor([0.6000, 0.8200])
     """
     rule = as_rule(clipping)
-    _checks.choice(METHODS, method=method)
-    if chunk_size is not None:
-        _checks.integer(at_least=1, chunk_size=chunk_size)
-    by_vmap = _by_vmap(loss, rule, has_aux, has_key, randomness)
-    by_rules = _by_rules(loss, rule, has_aux, randomness, method, by_vmap)
-    clipped_sum = by_vmap if method == "vmap" else by_rules
+    sums_of = clipped_sums(
+        loss,
+        method=method,
+        chunk_size=chunk_size,
+        has_aux=has_aux,
+        has_key=has_key,
+        randomness=randomness,
+        batch_axes=batch_axes,
+    )
 
     def f(
         params: Tree,
@@ -92,20 +96,55 @@ def clipped_grad(
         **unexpected: Any,
     ) -> Clipped | ClippedWithAux:
         refuse_keywords(unexpected)
+        found = sums_of(params, data, rule, mask, key)
+        return found if has_aux else Clipped(found.sum, found.norms)
+
+    return f
+
+
+def clipped_sums(
+    loss: Loss,
+    *,
+    method: str = "auto",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+    has_key: bool = False,
+    randomness: str = "error",
+    batch_axes: Tree = 0,
+) -> Callable[..., ClippedWithAux]:
+    """As `clipped_grad`, for a rule that comes with the call: `f(params, data, rule, mask, key)`.
+
+    With `first`, the batch is the part of a larger one that begins at this row.
+    """
+    _checks.choice(METHODS, method=method)
+    if chunk_size is not None:
+        _checks.integer(at_least=1, chunk_size=chunk_size)
+    by_vmap = _by_vmap(loss, has_aux, has_key, randomness)
+    by_rules = _by_rules(loss, has_aux, randomness, method, by_vmap)
+    clipped_sum = by_vmap if method == "vmap" else by_rules
+
+    def f(
+        params: Tree,
+        data: Tree,
+        rule: ClippingRule,
+        mask: Tensor | None,
+        key: Key | None,
+        first: int = 0,
+    ) -> ClippedWithAux:
+        data = trees.batch_first(data, batch_axes, "data")
         num = check_arguments(params, data, key, has_key)
         check_mask(mask, num)
-        keys = None if key is None else random.split(key, num)
+        keys = None if key is None else random.split(key, first + num)[first:]
         size = chunk_size or max(num, 1)
         total, norms, auxes = None, [], []
         for begin in range(0, max(num, 1), size):
             chunk = trees.rows((data, keys, mask), begin, begin + size)
-            sums, chunk_norms, aux = clipped_sum(params, *chunk)
+            sums, chunk_norms, aux = clipped_sum(rule, params, *chunk)
             total = sums if total is None else trees.map(torch.add, total, sums)
             norms.append(chunk_norms)
             auxes.append(aux)
-        if not has_aux:
-            return Clipped(total, torch.cat(norms))
-        return ClippedWithAux(total, torch.cat(norms), trees.map(lambda *a: torch.cat(a), *auxes))
+        aux = trees.map(lambda *parts: torch.cat(parts), *auxes) if has_aux else ()
+        return ClippedWithAux(total, torch.cat(norms), aux)
 
     return f
 
@@ -116,47 +155,46 @@ def _can_take_two(plan: Plan, params: Tree) -> bool:
     return not traced and all(leaves[i].ndim < 2 for i in bookkeeping.without_rules(plan))
 
 
-_ClippedSum = Callable[[Tree, Tree, Tensor | None, Tensor | None], tuple[Tree, Tensor, Any]]
-"""`f(params, data, keys, mask) -> (sum, norms, aux)` for one chunk."""
+_ClippedSum = Callable[
+    [ClippingRule, Tree, Tree, Tensor | None, Tensor | None], tuple[Tree, Tensor, Any]
+]
+"""`f(rule, params, data, keys, mask) -> (sum, norms, aux)` for one chunk."""
 
 
-def _by_vmap(
-    loss: Loss, rule: ClippingRule, has_aux: bool, has_key: bool, randomness: str
-) -> _ClippedSum:
+def _by_vmap(loss: Loss, has_aux: bool, has_key: bool, randomness: str) -> _ClippedSum:
     grads_of = batched_grads(loss, has_aux, has_key, randomness, None)
 
-    def f(params: Tree, data: Tree, keys: Tensor | None, mask: Tensor | None) -> Any:
+    def f(
+        rule: ClippingRule, params: Tree, data: Tree, keys: Tensor | None, mask: Tensor | None
+    ) -> Any:
         grads, aux = grads_of(params, data, keys)
-        return (*clip_and_sum(grads, rule, mask=mask), aux)
+        return (*sum_by(rule, grads, mask), aux)
 
     return f
 
 
 def _by_rules(
-    loss: Loss,
-    rule: ClippingRule,
-    has_aux: bool,
-    randomness: str,
-    method: str,
-    by_vmap: _ClippedSum,
+    loss: Loss, has_aux: bool, randomness: str, method: str, by_vmap: _ClippedSum
 ) -> _ClippedSum:
     """By book-keeping, in one pass or in two."""
     plan_of = bookkeeping.planner(loss, has_aux)
 
-    def f(params: Tree, data: Tree, keys: Tensor | None, mask: Tensor | None) -> Any:
+    def f(
+        rule: ClippingRule, params: Tree, data: Tree, keys: Tensor | None, mask: Tensor | None
+    ) -> Any:
         if trees.batch_size(data, "data") == 0:
             # vmap refuses an empty axis: one blank example, masked.
             blank, blank_keys = trees.map(
                 lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), (data, keys)
             )
             nobody = torch.zeros(1, dtype=torch.bool, device=trees.leaves(params)[0].device)
-            sums, norms, aux = f(params, blank, blank_keys, nobody)
+            sums, norms, aux = f(rule, params, blank, blank_keys, nobody)
             return sums, norms[:0], trees.rows(aux, 0, 0)
         arguments = (data,) if keys is None else (data, keys)
         plan = plan_of(params, arguments)
         unsure = plan.hidden and torch.compiler.is_compiling()
         if method == "auto" and (unsure or not plan.sightings):
-            return by_vmap(params, data, keys, mask)
+            return by_vmap(rule, params, data, keys, mask)
         twice = method == "two_pass" and randomness == "error" and _can_take_two(plan, params)
         passes = two_pass if twice else bookkeeping
         run = partial(passes.clipped_sum, loss, has_aux, rule, randomness)
@@ -171,6 +209,6 @@ def _by_rules(
         except bookkeeping.PlanMismatch:
             if method != "auto":
                 raise
-        return by_vmap(params, data, keys, mask)
+        return by_vmap(rule, params, data, keys, mask)
 
     return f

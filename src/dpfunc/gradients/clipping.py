@@ -21,7 +21,6 @@ for float32, to which shorter formats are raised; 2**-53 for float64) and v = 2*
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,8 @@ from torch import Tensor
 
 from dpfunc import trees
 from dpfunc.gradients.norms import DOUBLE_ROUNDOFF, raised
-from dpfunc.mechanism import OR_A_RULE, check_rule, check_sensitivity
+from dpfunc.gradients.rules import ELEMENTWISE, FlatClipping, Rescaled
+from dpfunc.mechanism import check_rule
 from dpfunc.typing import ClippingRule, Tree
 
 _SMALLEST_NORM = 1e-290
@@ -51,48 +51,6 @@ class ClippedWithAux(NamedTuple):
     norms: Tensor
     aux: Any
     """Leaves with a leading batch axis, as the loss returned them. PRIVATE."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlatClipping:
-    """Scale each example to L2 norm at most `l2_clip_norm` over all leaves together.
-
-    The rule that a plain number means, and an example of a `ClippingRule`.
-
-    Args:
-        l2_clip_norm: the bound, in gradient units, in [1e-30, 1e30].
-
-    Guarantees:
-        A gradient within the bound is unchanged. A longer one keeps its direction.
-
-    Raises:
-        ValueError: l2_clip_norm is not positive, not finite, or out of range.
-
-    Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
-
-    >>> FlatClipping(l2_clip_norm=1.0).scales([torch.tensor([2.0, 0.5])])
-    [tensor([0.5000, 1.0000])]
-    """
-
-    l2_clip_norm: float
-
-    def __post_init__(self) -> None:
-        number = check_sensitivity(OR_A_RULE, l2_clip_norm=self.l2_clip_norm)
-        object.__setattr__(self, "l2_clip_norm", number)
-
-    @property
-    def sensitivity(self) -> float:
-        return self.l2_clip_norm
-
-    @property
-    def order(self) -> int:
-        return 2
-
-    def scales(self, norms: Tree) -> Tree:
-        """The same scale min(1, l2_clip_norm / norm) for every leaf."""
-        total = trees.root_sum_squares(trees.leaves(norms))
-        scale = torch.where(total > self.l2_clip_norm, self.l2_clip_norm / total, 1.0)
-        return trees.map(lambda _: scale, norms)
 
 
 def as_rule(clipping: float | ClippingRule) -> ClippingRule:
@@ -135,16 +93,24 @@ def clip_and_sum(
     >>> clip_and_sum({"w": torch.tensor([[3.0, 4.0], [0.0, 0.5]])}, 1.0).sum["w"]
     tensor([0.6000, 1.3000])
     """
-    rule = as_rule(clipping)
+    return sum_by(as_rule(clipping), grads, mask)
+
+
+def sum_by(rule: ClippingRule, grads: Tree, mask: Tensor | None) -> Clipped:
+    """`clip_and_sum` for a rule that was checked before."""
+    grads, norms = batch_of(grads, rule, mask)
+    scales, keep, total = decide(rule, norms, mask)
+    summed = trees.map(lambda leaf, scale: scaled(leaf, scale, keep).sum(0), grads, scales)
+    return Clipped(summed, total)
+
+
+def batch_of(grads: Tree, rule: ClippingRule, mask: Tensor | None) -> tuple[Tree, Tree]:
+    """Checked gradients in float32 at least, and for each leaf upper bounds on its norms."""
     trees.check_floating(grads, "grads", "Differentiate with respect to floating-point parameters.")
-    num = trees.batch_size(grads, "grads")
-    check_mask(mask, num)
+    check_mask(mask, trees.batch_size(grads, "grads"))
     grads = trees.map(raised, grads)
     size = sum(leaf[:1].numel() for leaf in trees.leaves(grads))
-    norms = trees.map(lambda leaf: _norm_bound(leaf, rule.order, size), grads)
-    scales, keep, total = decide(rule, norms, mask)
-    summed = trees.map(lambda leaf, scale: _scaled(leaf, scale, keep).sum(0), grads, scales)
-    return Clipped(summed, total)
+    return grads, trees.map(lambda leaf: _norm_bound(leaf, rule.order, size), grads)
 
 
 def decide(rule: ClippingRule, norms: Tree, mask: Tensor | None) -> tuple[Tree, Tensor, Tensor]:
@@ -190,7 +156,8 @@ def _total(rule: ClippingRule, norms: Tree) -> Tensor:
 
 def _scales(rule: ClippingRule, norms: Tree, num: int) -> Tree:
     """The rule's scales for each row; the rule sees one row at a time."""
-    if isinstance(rule, FlatClipping) or num == 0:  # known to treat rows apart; vmap refuses 0
+    known = rule.rule if isinstance(rule, Rescaled) else rule
+    if isinstance(known, ELEMENTWISE) or num == 0:  # vmap refuses 0
         return rule.scales(norms) if num else norms
 
     def checked(row: Tree) -> Tree:
@@ -207,18 +174,27 @@ def _scales(rule: ClippingRule, norms: Tree, num: int) -> Tree:
 
 
 def _kept_to_promise(rule: ClippingRule, norms: Tree, scales: Tree) -> Tree:
-    """Scales that are finite, not negative, and keep scale * norm within the sensitivity."""
+    """Scales that are finite, not negative, and keep scale * norm within the sensitivity.
+
+    A rule with noise scales of its own is kept to them as well: scale * norm / noise scale within 1.
+    """
     scales = trees.map(
         lambda s, n: torch.where(s.isfinite() & (s > 0) & (n >= _SMALLEST_NORM), s, 0.0),
         scales,
         norms,
     )
-    total = _total(rule, trees.map(torch.mul, scales, norms))
+    products = trees.map(torch.mul, scales, norms)
+    total = _total(rule, products)
     shrink = torch.where(total > rule.sensitivity, rule.sensitivity / total, 1.0)
+    own = getattr(rule, "noise_scales", None)
+    if own is not None:
+        shares = trees.map_with_paths(lambda x, width: x / width, products, own)
+        share = _total(rule, shares)
+        shrink = torch.minimum(shrink, torch.where(share > 1.0, 1.0 / share, 1.0))
     return trees.map(lambda s: s * shrink, scales)
 
 
-def _scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+def scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
     """The contributions of the rows; steps 2 and 3 of the proof above."""
     shape = (-1,) + (1,) * (leaf.ndim - 1)
     factor = lowered(scale, leaf.dtype).reshape(shape)

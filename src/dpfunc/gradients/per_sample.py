@@ -50,6 +50,7 @@ def per_sample_grads(
     has_key: bool = False,
     randomness: str = "error",
     chunk_size: int | None = None,
+    batch_axes: Tree = 0,
 ) -> Callable[..., Any]:
     """Turn the loss of one example into the gradients of a batch of them.
 
@@ -63,6 +64,8 @@ def per_sample_grads(
             anew for each example) or "same". Prefer has_key: only "error" keeps this a pure function.
         chunk_size: examples differentiated at once, >= 1; None takes all. Bounds the memory of
             activations; the result holds every example's gradient all the same.
+        batch_axes: where the batch axis of each leaf of data is: a number for all, or a pytree prefix
+            of data with numbers, such as (1, 0) for inputs (T, B, F) and targets (B,).
 
     Returns:
         `f(params, data, *, key=None) -> grads`, or `-> (grads, aux)` with has_aux. A leaf of params
@@ -89,6 +92,7 @@ def per_sample_grads(
 
     def f(params: Tree, data: Tree, *, key: Key | None = None, **unexpected: Any) -> Any:
         refuse_keywords(unexpected)
+        data = trees.batch_first(data, batch_axes, "data")
         num = check_arguments(params, data, key, has_key)
         grads, aux = batched(params, data, None if key is None else random.split(key, num))
         return (grads, aux) if has_aux else grads

@@ -23,6 +23,7 @@ def functional_loss(
     *,
     trainable: Callable[[str], bool] | None = None,
     has_key: bool = False,
+    batch_axes: Tree = 0,
 ) -> tuple[Loss, dict[str, Tensor]]:
     """Turn a module and a criterion into `(loss, params)`, the form every transform here takes.
 
@@ -33,6 +34,8 @@ def functional_loss(
         trainable: whether the parameter of this name is differentiated. None: those that require
             grad. The others, and the buffers, stay inside the loss.
         has_key: whether the loss takes a key and draws the module's dropout from it.
+        batch_axes: where the module and the criterion want the batch axis of (input, target): a number
+            for both, or a pytree prefix, such as (1, 0) for a module with batch_first=False.
 
     Returns:
         loss: `loss(params, (input, target)) -> scalar`, or `loss(params, (input, target), key)`.
@@ -72,7 +75,8 @@ def functional_loss(
 
     def loss(params: dict[str, Tensor], example: tuple[Tree, Tree], *key: Key) -> Tensor:
         _check_call(params, chosen, example, key, has_key)
-        inputs, target = trees.map(lambda leaf: leaf.unsqueeze(0), example)
+        batch = trees.map(lambda leaf: leaf.unsqueeze(0), tuple(example))
+        inputs, target = trees.batch_at(batch, batch_axes, "(input, target)")
         args, kwargs = _arguments(inputs)
         tensors = {**frozen, **dict(module.named_buffers()), **params}
         with _KeyedDropout(key[0], []) if has_key else nullcontext():

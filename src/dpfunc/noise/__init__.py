@@ -1,5 +1,5 @@
-"""Noise on a clipped sum: the release point."""
+"""Noise: from a clipped sum to a release."""
 
-from dpfunc.noise.gaussian import privatize
+from dpfunc.noise.additive import privatize, privatize_queries
 
-__all__ = ["privatize"]
+__all__ = ["privatize", "privatize_queries"]

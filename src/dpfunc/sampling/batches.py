@@ -65,7 +65,8 @@ def poisson_batches(
         pad_to_multiple_of, to whoever can watch time or memory; it is not part of what is released.
 
     Raises:
-        ValueError: leaves disagree on N, data is empty, max_batch_size without "truncated_poisson"
+        ValueError: a schedule of the mechanism is shorter than num_steps, leaves disagree on N, data
+            is empty, max_batch_size without "truncated_poisson"
             or the reverse, a number out of range, or (while iterating) a collate function that
             returns another number of rows than it got examples.
         TypeError: data is neither tensors nor a data set.
@@ -83,6 +84,7 @@ def poisson_batches(
     start = _checks.integer(at_least=0, start=start)
     if start > num_steps:
         raise ValueError(f"Expected start <= num_steps={num_steps} (the whole run's), got {start}.")
+    mechanism.check_covers(num_steps)
     if pad_to_multiple_of is None:
         pad_to_multiple_of = 2 ** round(math.log2(4 * math.sqrt(mechanism.expected_batch_size) + 1))
     multiple = _checks.integer(at_least=1, pad_to_multiple_of=pad_to_multiple_of)
@@ -101,7 +103,8 @@ def poisson_batches(
 
     def batches() -> Iterator[Batch]:
         for step in range(start, num_steps):
-            drawn = poisson_indices(num_examples, key, step, sampling_prob=mechanism.sampling_prob)
+            prob = mechanism.sampling_prob_at(step)
+            drawn = poisson_indices(num_examples, key, step, sampling_prob=prob)
             if max_batch_size is not None and len(drawn) > max_batch_size:
                 subset_key = random.derive(key.cpu(), random.TRUNCATION, step)
                 drawn = drawn[uniform_subset(subset_key, len(drawn), max_batch_size)]
