@@ -334,11 +334,10 @@ class Rescaled:
         return self.rule.order
 
     def scales(self, norms: Tree) -> Tree:
-        # Two divisions round: norms that are larger by 8 of their last units make up for both.
+        # What the two divisions round, and a factor that makes no sense, `_kept_to_promise` deals with.
         factor = self.factor.to(torch.float64)
-        smaller = trees.map(lambda norm: norm * (1 + 2.0**-49) / factor, norms)
-        scales = self.rule.scales(smaller)
-        return trees.map(lambda scale: torch.where(factor > 0, scale / factor, 0.0), scales)
+        scales = self.rule.scales(trees.map(lambda norm: norm / factor, norms))
+        return trees.map(lambda scale: scale / factor, scales)
 
     def noise_scales(self, paths: Sequence[str]) -> Sequence[float]:
         own = getattr(self.rule, "noise_scales", None)
