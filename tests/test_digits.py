@@ -1,11 +1,8 @@
 """The README's run, the files it leaves, and the command line around it."""
 
 import json
-import math
-import stat
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ import torch
 from safetensors import safe_open
 from sklearn import datasets
 
-from dpfunc import Log, Statement, StepEvent, cli, digits, random, read_log, write_log
+from dpfunc import Statement, StepEvent, cli, digits, random, read_log, write_log
 
 EVENT = StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000)
 
@@ -202,82 +199,6 @@ class TestCommandLine:
         torch.set_rng_state(state)
         assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 3
         assert "Stopped" in capsys.readouterr().err
-
-
-class TestLogFile:
-    def test_what_is_written_is_read(self, tmp_path):
-        log = Log([EVENT, StepEvent(noise_multiplier=math.inf, sampling_prob=1.0, sampling="none")])
-        write_log(tmp_path / "log", log)
-        assert read_log(tmp_path / "log") == log
-        for line in (tmp_path / "log").read_text().splitlines():
-            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        assert [p.name for p in tmp_path.iterdir()] == ["log"]
-        assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o644
-
-    def test_a_file_of_the_first_version_is_read_and_written_as_it_was(self, tmp_path):
-        old = (
-            '{"dpfunc_log": 1}\n'
-            '{"noise_multiplier": 1.0, "sampling_prob": 0.01, "count": 1000, "mechanism": "gaussian", '
-            '"sampling": "poisson", "relation": "add_or_remove_one"}\n'
-            '{"noise_multiplier": "inf", "sampling_prob": 1.0, "count": 1, "mechanism": "gaussian", '
-            '"sampling": "none", "relation": "add_or_remove_one"}\n'
-        )
-        (tmp_path / "old").write_text(old)
-        log = read_log(tmp_path / "old")
-        silent = StepEvent(noise_multiplier=math.inf, sampling_prob=1.0, sampling="none")
-        assert log == (EVENT, silent)
-        write_log(tmp_path / "new", log)
-        assert (tmp_path / "new").read_text() == old
-
-    def test_a_later_field_is_written_where_it_says_something(self, tmp_path):
-        cut = replace(EVENT, sampling="truncated_poisson", overflow_prob=1e-12)
-        log = Log([cut, replace(cut, overflow_prob=0.0), EVENT])
-        write_log(tmp_path / "log", log)
-        assert read_log(tmp_path / "log") == log
-        _, *lines = map(json.loads, (tmp_path / "log").read_text().splitlines())
-        assert [line.get("overflow_prob") for line in lines] == [1e-12, None, None]
-
-    def test_a_zero_that_is_spelled_out_is_read(self, tmp_path):
-        line = json.dumps(asdict(EVENT))
-        assert "overflow_prob" in line
-        (tmp_path / "log").write_text(f'{{"dpfunc_log": 1}}\n{line}\n')
-        assert read_log(tmp_path / "log") == (EVENT,)
-
-    @pytest.mark.parametrize("name", [field.name for field in fields(StepEvent)])
-    def test_what_every_version_writes_is_not_guessed(self, name, tmp_path):
-        entry = asdict(EVENT)
-        del entry[name]
-        (tmp_path / "log").write_text(f'{{"dpfunc_log": 1}}\n{json.dumps(entry)}\n')
-        if name == "overflow_prob":
-            assert read_log(tmp_path / "log") == (EVENT,)
-        else:
-            with pytest.raises(ValueError, match=f"line 2 .* fields .*{name}"):
-                read_log(tmp_path / "log")
-
-    def test_an_unknown_field_is_refused(self, tmp_path):
-        line = json.dumps({**asdict(EVENT), "shuffled": True})
-        (tmp_path / "log").write_text(f'{{"dpfunc_log": 1}}\n{line}\n')
-        with pytest.raises(ValueError, match=r"line 2 .* fields"):
-            read_log(tmp_path / "log")
-
-    @pytest.mark.parametrize(
-        ("text", "said"),
-        [
-            ("", "begin with"),
-            ('{"dpfunc_log": 2}\n', "begin with"),
-            ('{"dpfunc_log": 1}\n{"noise_multiplier": 1}\n', "fields"),
-            ('{"dpfunc_log": 1}\nnonsense\n', "line 2"),
-            ('{"dpfunc_log": 1}\n{"noise_multiplier"', "cut off"),
-        ],
-    )
-    def test_a_damaged_or_newer_file_is_refused(self, text, said, tmp_path):
-        (tmp_path / "log").write_text(text)
-        with pytest.raises(ValueError, match=said):
-            read_log(tmp_path / "log")
-
-    def test_an_unwritable_place_leaves_nothing(self, tmp_path):
-        with pytest.raises(OSError, match="Expected a folder"):
-            write_log(tmp_path / "nowhere" / "log", (EVENT,))
 
 
 class TestStatement:

@@ -13,8 +13,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dpfunc import accounting, models, optimizers, random, schedules, testing
     from dpfunc.accounting import (
+        Header,
+        LogFile,
         Repeats,
+        RunLog,
         Statement,
+        Verification,
         account_as,
         attack_advantage,
         calibrate_noise_multiplier,
@@ -30,9 +34,11 @@ if TYPE_CHECKING:
         posterior_odds,
         privacy_profile,
         read_log,
+        read_run,
         remaining,
         selection_epsilon,
         trade_off,
+        verify_log,
         write_log,
     )
     from dpfunc.events import (
@@ -60,10 +66,23 @@ if TYPE_CHECKING:
         per_sample_grads,
         register_rule,
     )
-    from dpfunc.mechanism import DPSGD, ScheduledClipping
-    from dpfunc.models import average_over_augmentations, functional_loss
-    from dpfunc.sampling import Batch, overflow_probability, poisson_batches, poisson_indices
-    from dpfunc.schedules import Schedule
+    from dpfunc.mechanism import (
+        DPSGD,
+        ScheduledClipping,
+    )
+    from dpfunc.models import (
+        average_over_augmentations,
+        functional_loss,
+    )
+    from dpfunc.sampling import (
+        Batch,
+        overflow_probability,
+        poisson_batches,
+        poisson_indices,
+    )
+    from dpfunc.schedules import (
+        Schedule,
+    )
     from dpfunc.step import (
         Accumulated,
         Accumulator,
@@ -76,29 +95,39 @@ if TYPE_CHECKING:
         parts_of,
         private_grad,
     )
-    from dpfunc.telemetry import AdaptiveClipping, ClipFraction, MeanLoss, NormQuantile
-    from dpfunc.typing import ClippingRule, Observed, Query
+    from dpfunc.telemetry import (
+        AdaptiveClipping,
+        ClipFraction,
+        MeanLoss,
+        NormQuantile,
+    )
+    from dpfunc.typing import (
+        ClippingRule,
+        Observed,
+        Query,
+    )
 
 _ROOMS = {
     "accounting": (
-        "Repeats Statement account_as attack_advantage calibrate_noise_multiplier calibrate_num_steps "
-        "calibrate_sampling_prob delta delta_bounds epsilon epsilon_bounds gaussian_delta "
-        "gaussian_epsilon gdp_summary posterior_odds privacy_profile read_log remaining "
-        "selection_epsilon trade_off write_log"
+        "Header LogFile Repeats RunLog Statement Verification account_as attack_advantage "
+        "calibrate_noise_multiplier calibrate_num_steps calibrate_sampling_prob delta "
+        "delta_bounds epsilon epsilon_bounds gaussian_delta gaussian_epsilon gdp_summary "
+        "posterior_odds privacy_profile read_log read_run remaining selection_epsilon trade_off "
+        "verify_log write_log"
     ),
     "events": "Log StepEvent append combined_noise_multiplier noise_multiplier_beside",
     "gradients": (
-        "AutomaticClipping Clipped ClippedWithAux CustomClipping Explanation FlatClipping L1Clipping "
-        "Observation PerGroupClipping PerSampleAdaptiveClipping clip_and_sum clipped_grad explain "
-        "observe per_sample_grads register_rule"
+        "AutomaticClipping Clipped ClippedWithAux CustomClipping Explanation FlatClipping "
+        "L1Clipping Observation PerGroupClipping PerSampleAdaptiveClipping clip_and_sum "
+        "clipped_grad explain observe per_sample_grads register_rule"
     ),
     "mechanism": "DPSGD ScheduledClipping",
     "models": "average_over_augmentations functional_loss",
     "sampling": "Batch overflow_probability poisson_batches poisson_indices",
     "schedules": "Schedule",
     "step": (
-        "Accumulated Accumulator PartialEvent TrainState clip_and_noise make_accumulator make_dp_step "
-        "make_train_step parts_of private_grad"
+        "Accumulated Accumulator PartialEvent TrainState clip_and_noise make_accumulator "
+        "make_dp_step make_train_step parts_of private_grad"
     ),
     "telemetry": "AdaptiveClipping ClipFraction MeanLoss NormQuantile",
     "typing": "ClippingRule Observed Query",
@@ -120,8 +149,10 @@ __all__ = [
     "CustomClipping",
     "Explanation",
     "FlatClipping",
+    "Header",
     "L1Clipping",
     "Log",
+    "LogFile",
     "MeanLoss",
     "NormQuantile",
     "Observation",
@@ -131,11 +162,13 @@ __all__ = [
     "PerSampleAdaptiveClipping",
     "Query",
     "Repeats",
+    "RunLog",
     "Schedule",
     "ScheduledClipping",
     "Statement",
     "StepEvent",
     "TrainState",
+    "Verification",
     "__version__",
     "account_as",
     "accounting",
@@ -175,12 +208,14 @@ __all__ = [
     "private_grad",
     "random",
     "read_log",
+    "read_run",
     "register_rule",
     "remaining",
     "schedules",
     "selection_epsilon",
     "testing",
     "trade_off",
+    "verify_log",
     "write_log",
 ]
 

@@ -9,7 +9,7 @@ from dpfunc.accounting.calibration import (
 from dpfunc.accounting.custom import account_as
 from dpfunc.accounting.epsilon import ACCOUNTANTS, CLAIMS, delta, epsilon
 from dpfunc.accounting.gdp import gaussian_delta, gaussian_epsilon
-from dpfunc.accounting.logfile import read_log, write_log
+from dpfunc.accounting.logfile import read_log, read_run, write_log
 from dpfunc.accounting.pld import delta_bounds, epsilon_bounds
 from dpfunc.accounting.profile import (
     attack_advantage,
@@ -21,12 +21,18 @@ from dpfunc.accounting.profile import (
 from dpfunc.accounting.rdp import rdp_epsilon
 from dpfunc.accounting.selection import Repeats, selection_epsilon
 from dpfunc.accounting.statement import Statement
+from dpfunc.accounting.steplog import Attempt, Header, LogFile, RunLog, Verification, verify_log
 
 __all__ = [
     "ACCOUNTANTS",
     "CLAIMS",
+    "Attempt",
+    "Header",
+    "LogFile",
     "Repeats",
+    "RunLog",
     "Statement",
+    "Verification",
     "account_as",
     "attack_advantage",
     "calibrate_noise_multiplier",
@@ -43,8 +49,10 @@ __all__ = [
     "privacy_profile",
     "rdp_epsilon",
     "read_log",
+    "read_run",
     "remaining",
     "selection_epsilon",
     "trade_off",
+    "verify_log",
     "write_log",
 ]

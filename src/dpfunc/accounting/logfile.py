@@ -1,113 +1,111 @@
-"""The log on disk: one JSON object a line, a header first. Everything in it is public."""
+"""The log on disk, whole: written at once, read, and read with all that its file says."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import tempfile
-from dataclasses import asdict, fields
+from collections import deque
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from dpfunc.events import AnyLog, Log, StepEvent
+from dpfunc.accounting.steplog.chain import LineError, chained, lines_of
+from dpfunc.accounting.steplog.disk import replace_file as replace_file
+from dpfunc.accounting.steplog.entries import Header, header_to_json
+from dpfunc.accounting.steplog.fold import RunLog, runs, steps_entry
+from dpfunc.events import AnyLog, Log
 
-FORMAT = 1
-ALWAYS = ("noise_multiplier", "sampling_prob", "count", "mechanism", "sampling", "relation")
-"""The fields that the first version wrote, and every version writes. To leave one out would be to
-guess: most of their defaults are those that cost the least privacy."""
-LATER = {field.name: field.default for field in fields(StepEvent) if field.name not in ALWAYS}
-"""Fields that came later, written where they differ from their default, and read as it if missing."""
+_RUNS_A_LINE = 10_000
 
 
-def write_log(path: str | os.PathLike[str], log: AnyLog) -> None:
-    """Write a log, whole or not at all.
+def write_log(
+    path: str | os.PathLike[str], log: AnyLog, *, unit: str = "example", note: str = ""
+) -> None:
+    """Write a log, whole or not at all: the closed file of a run of one attempt.
 
     Args:
         path: of the file; replaced where it exists.
         log: what ran.
+        unit, note: as for `Header`. PUBLIC.
 
     Guarantees:
-        `read_log(path) == log`. A log that uses no later field is written as the first version did.
+        `read_log(path) == log`, and `verify_log(path)` finds nothing.
         A kill leaves the old file or the new one. No key is in it.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
+        TypeError: a unit or note that is not text.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_log(Path(folder) / "log", ())
+    ...     read_log(Path(folder) / "log")
+    Log([])
     """
-    lines = [json.dumps({"dpfunc_log": FORMAT})]
-    lines += [json.dumps(event_to_json(event), allow_nan=False) for event in Log(log)]
-    replace_file(path, "".join(line + "\n" for line in lines).encode())
+    log = Log(log)
+    header = Header.of(log, unit=unit, note=note)
+    entries, start, events = [header_to_json(header)], 0, iter(log)
+    while some := Log(islice(events, _RUNS_A_LINE)):
+        entries.append(steps_entry(header, 0, start, some))
+        start += sum(event.count for event in some)
+    lines, head = [], ""
+    for entry in [*entries, {"closed": True}]:
+        line, head = chained(entry, head)
+        lines.append(line)
+    replace_file(path, b"".join(lines))
 
 
 def read_log(path: str | os.PathLike[str]) -> Log:
-    """Read a log that `write_log` wrote.
+    """Read what ran: the events of all attempts in a log file.
 
     Args:
-        path: of the file.
+        path: of the file, open or closed, of any format.
 
     Returns:
         The log. A file from before a field was added reads as one with that field's default.
 
+    Guarantees:
+        Of a file that is being written, or whose writer was killed, it is at least what was released.
+
     Raises:
-        ValueError: another format or version, an unknown field, a missing one that every version
-            writes, a damaged line.
+        ValueError: a newer format, an unknown field, a missing one that every version writes, a
+            line that was edited, moved or removed; it names the line.
         OSError: the file cannot be read.
+
+    >>> import tempfile
+    >>> from dpfunc.events import StepEvent
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_log(Path(folder) / "log", (StepEvent(noise_multiplier=1.0, sampling_prob=0.1),))
+    ...     len(read_log(Path(folder) / "log"))
+    1
     """
-    text = Path(path).read_text()
-    lines = text.splitlines()
-    header = _parse(lines[0], path, 1) if lines else None
-    if not isinstance(header, dict) or header.get("dpfunc_log") != FORMAT:
-        raise ValueError(
-            f'Expected {path} to begin with {{"dpfunc_log": {FORMAT}}}, got {text[:40]!r}.'
-        )
-    if not text.endswith("\n"):
+    return read_run(path).log
+
+
+def read_run(path: str | os.PathLike[str]) -> RunLog:
+    """Read all that a log file says: header, attempts, and whether it is closed.
+
+    Args:
+        path: of the file, open or closed, of any format.
+
+    Returns:
+        RunLog(header, attempts, head, closed), whose `log` is what ran.
+
+    Guarantees:
+        Half a line at the end, which a killed writer leaves, is passed over: nothing ran under it.
+
+    Raises:
+        ValueError, OSError: as for `read_log`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_log(Path(folder) / "log", (), unit="user")
+    ...     read_run(Path(folder) / "log").header.unit
+    'user'
+    """
+    lines, torn = lines_of(Path(path).read_bytes())
+    try:
+        run = deque(runs(lines), maxlen=1).pop()
+    except LineError as error:
+        raise ValueError(f"{path}, {error}") from error
+    if torn and not run.head:
         raise ValueError(f"Expected {path} to end with a whole line; it is cut off.")
-    return Log(_from_json(_parse(line, path, n), path, n) for n, line in enumerate(lines[1:], 2))
-
-
-def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Put content at path through a rename, so that no reader ever sees half of it."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Expected a folder at {path.parent}, found none.")
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def event_to_json(event: StepEvent) -> dict[str, Any]:
-    """An event as JSON can hold it."""
-    # JSON has no infinity; the string reads back through float().
-    return {
-        name: "inf" if value == math.inf else value
-        for name, value in asdict(event).items()
-        if name not in LATER or value != LATER[name]
-    }
-
-
-def _parse(line: str, path: Any, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"Expected line {number} of {path} to be JSON, got {line[:60]!r}."
-        ) from error
-
-
-def _from_json(entry: Any, path: Any, number: int) -> StepEvent:
-    if not isinstance(entry, dict) or set(entry) - set(LATER) != set(ALWAYS):
-        raise ValueError(
-            f"Expected line {number} of {path} to have the fields {', '.join(ALWAYS)}, and beside them "
-            f"at most {', '.join(LATER)}, got {entry!r}."
-        )
-    if entry["noise_multiplier"] == "inf":
-        entry = {**entry, "noise_multiplier": math.inf}
-    return StepEvent(**entry)
+    return run

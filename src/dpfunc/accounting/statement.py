@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dpfunc import _checks
 from dpfunc.accounting.epsilon import CLAIMS, epsilon
-from dpfunc.accounting.logfile import event_to_json
+from dpfunc.accounting.steplog import event_to_json
 from dpfunc.events import AnyLog, Log
 
 _NEIGHBOURS = {
