@@ -1,4 +1,7 @@
-"""From a log of what ran to (epsilon, delta): pure functions, numpy and scipy, no torch."""
+"""From a log of what ran to (epsilon, delta): pure functions, numpy and scipy, no torch.
+
+scipy's optimize, interpolate and fft take longer to import than most answers: they load where they are used.
+"""
 
 from dpfunc.accounting.calibration import (
     calibrate_noise_multiplier,

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.interpolate import CubicSpline
 from scipy.special import erfinv, ndtr, ndtri
 
 from dpfunc import _checks
@@ -319,6 +318,8 @@ def _touching(epsilon: Array, delta: Array, rates: Array) -> Array:
     """Where the line of a point of the profile touches the trade-off curve at each rate, nearly."""
     if len(epsilon) < 3:
         return np.zeros(0)
+    from scipy.interpolate import CubicSpline
+
     curve = CubicSpline(epsilon, ndtri(np.minimum(delta, _NEAR_ONE)))
     parts = np.linspace(0, 1, 16, endpoint=False)
     fine = np.append((epsilon[:-1, None] + np.diff(epsilon)[:, None] * parts).ravel(), epsilon[-1])

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 from dpfunc.events import AnyLog, Log, StepEvent
 
@@ -134,6 +133,8 @@ def _best(
     best = int(np.argmin(bounds))
     value, at = float(bounds[best]), float(order[best])
     if orders is None and math.isfinite(value):
+        from scipy.optimize import minimize_scalar
+
         low, high = np.log(order[[max(0, best - 1), min(len(order) - 1, best + 1)]] - 1)
 
         def refined(t: float) -> float:

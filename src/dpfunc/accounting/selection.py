@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import betaln, exprel, gammaln
 
 from dpfunc import _checks
@@ -256,6 +255,7 @@ def _log_inverse_stop_prob(repeats: Repeats) -> float:
     runs, shape = repeats.expected_runs, repeats.shape
     if shape == 1.0 or runs == 1.0:
         return math.log(runs)
+    from scipy.optimize import brentq
 
     def excess(rate: float) -> float:
         return math.log(exprel(rate)) - math.log(exprel(-shape * rate)) - math.log(runs)

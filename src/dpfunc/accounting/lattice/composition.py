@@ -10,7 +10,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
 
 from dpfunc.accounting.lattice.laws import ULP, Law, tails
 from dpfunc.accounting.lattice.outline import Tilt, log_sum
@@ -58,6 +57,8 @@ class Curve(NamedTuple):
 
 def compose(counts: Array, laws: list[Law], step: float, tilt: Tilt, side: int) -> Curve:
     """The profile of the product of the laws, rounded up (side 1) or down (side -1)."""
+    from scipy.fft import next_fast_len
+
     theta, base = tilt.theta, float(counts @ [law.base for law in laws])
     first = math.floor((tilt.window[0] - base) / step) - 1
     width = math.ceil((tilt.window[1] - tilt.window[0]) / step) + 4
@@ -132,6 +133,8 @@ def _powers(law: Law, slope: float, side: int) -> Array:
 
 def _convolve(counts: Array, weights: list[Array], first: int, last: int) -> tuple[Array, float]:
     """The product of laws of mass 1 at first..last - 1, wrapped around, and its error's 2-norm."""
+    from scipy.fft import irfft, rfft
+
     size = last - first
     transform = 8 * ULP * math.log2(size)
     log_phi = np.zeros(size // 2 + 1, dtype=np.complex128)

@@ -8,7 +8,6 @@ from copy import copy
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 
 from dpfunc.accounting.lattice.laws import atoms_of, tails
 from dpfunc.accounting.pairs import Array, Pair
@@ -181,6 +180,8 @@ def log_sum(powers: Array) -> Array:
 
 def _root(log: Log, rises: Callable[[float], float]) -> float:
     """The tilt where this passes 0, as far as float64 can bear it."""
+    from scipy.optimize import brentq
+
     most = 1e4 / max(1e-5, *(abs(o.losses[-1]) for o in log.outlines))
     low, high = math.log(1e-7), math.log(most)
     if rises(math.exp(low)) > 0:
