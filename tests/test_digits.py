@@ -199,35 +199,3 @@ class TestCommandLine:
         torch.set_rng_state(state)
         assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 3
         assert "Stopped" in capsys.readouterr().err
-
-
-class TestStatement:
-    def test_it_says_what_it_rests_on(self):
-        said = str(Statement(log=(EVENT,), delta=1e-5, released="the weights"))
-        for words in (
-            "(1.829, 1e-05)",
-            "add or remove one example",
-            "the weights",
-            "Poisson",
-            "pld, an upper bound",
-        ):
-            assert words in said
-
-    def test_it_refuses_a_bad_delta_and_an_event_it_cannot_account(self):
-        with pytest.raises(ValueError, match="delta"):
-            Statement(log=(EVENT,), delta=0, released="")
-        laplace = StepEvent(noise_multiplier=1, sampling_prob=1, mechanism="laplace")
-        with pytest.raises(ValueError, match="does not guess"):
-            str(Statement(log=(laplace,), delta=1e-5, accountant="rdp", released=""))
-
-    def test_nothing_released(self):
-        assert "(0, 1e-05)" in str(Statement(log=(), delta=1e-5, released="nothing"))
-
-    def test_the_accountant_is_named_with_what_its_number_is(self):
-        said = {
-            name: str(Statement(log=(EVENT,), delta=1e-5, accountant=name, released=""))
-            for name in ("rdp", "gdp")
-        }
-        assert "(2.102, 1e-05)" in said["rdp"]
-        assert "rdp, an upper bound" in said["rdp"]
-        assert "gdp, an approximation, can under-report" in said["gdp"]
