@@ -80,10 +80,14 @@ def test_an_upward_or_sideways_import_is_seen(source):
         "import dpfunc.accounting",
         "import dpfunc.cli; dpfunc.cli.main(['calibrate', '--target-epsilon', '3', '--delta', '1e-5',"
         " '--sampling-prob', '0.01', '--num-steps', '100'])",
+        "import dpfunc.cli; dpfunc.cli.main(['epsilon', '--noise-multiplier', '1', '--delta', '1e-5',"
+        " '--sampling-prob', '0.01', '--num-steps', '100'])",
     ],
 )
-def test_accounting_and_the_command_line_import_no_torch(code):
-    code += "\nimport sys; assert 'torch' not in sys.modules, 'torch was imported'"
+def test_accounting_and_the_command_line_import_no_torch_and_little_of_scipy(code):
+    code += "\nimport sys"
+    for name in ("torch", "scipy.optimize", "scipy.interpolate", "scipy.fft", "matplotlib"):
+        code += f"\nassert {name!r} not in sys.modules, '{name} was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
 
 
@@ -146,6 +150,13 @@ SECTIONS = ("Args:", "Returns:", "Guarantees:", "Raises:", "Source:", ">>>")
         "calibrate_noise_multiplier",
         "calibrate_num_steps",
         "calibrate_sampling_prob",
+        "write_log",
+        "read_log",
+        "read_run",
+        "verify_log",
+        "LogFile",
+        "Header",
+        "Statement",
         "DPSGD",
         "StepEvent",
         "random.key",
@@ -170,24 +181,67 @@ def test_docstrings_have_their_sections_in_order(name):
     assert ">>>" in text
 
 
-def test_the_wheel_holds_nothing_but_the_package(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     project = ROOT.parents[1]
     if not (project / "pyproject.toml").exists():
         pytest.skip("runs from the source tree")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(build, cwd=project, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_nothing_but_the_package(wheel):
+    names = wheel.namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"dpfunc", f"dpfunc-{dpfunc.__version__}.dist-info"}
     assert "dpfunc/py.typed" in names
-    metadata = (
-        zipfile.ZipFile(wheel).read(f"dpfunc-{dpfunc.__version__}.dist-info/METADATA").decode()
-    )
+    metadata = wheel.read(f"dpfunc-{dpfunc.__version__}.dist-info/METADATA").decode()
     requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     core = [line for line in requirements if "extra ==" not in line]
     assert len(core) == 5
     assert all(">=" in line and "==" not in line for line in core)
+
+
+# A pure wheel, unpacked, is what an installer leaves, but for the script: that is in its metadata.
+SCRIPT = """
+import sys
+folder = sys.argv.pop(1)
+sys.path.insert(0, folder)
+sys.modules["torch"] = None
+from importlib.metadata import Distribution
+from pathlib import Path
+distribution = Distribution.at(next(Path(folder).glob("*.dist-info")))
+(script,) = distribution.entry_points.select(group="console_scripts", name="dpfunc")
+main = script.load()
+import dpfunc
+assert Path(dpfunc.__file__).is_relative_to(folder)
+sys.exit(main())
+"""
+
+
+def test_the_command_line_of_the_wheel_works_where_torch_cannot_be_imported(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+
+    def dpfunc_(*words):
+        command = [sys.executable, "-I", "-c", SCRIPT, str(tmp_path / "site"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    numbers = ["--noise-multiplier", "1", "--sampling-prob", "0.01", "--num-steps", "1000"]
+    assert dpfunc_("epsilon", *numbers, "--delta", "1e-5") == (0, "1.82824\n", "")
+    dpfunc.write_log(tmp_path / "log", ())
+    code, said, _ = dpfunc_("verify", "log")
+    assert (code, "log is whole" in said) == (0, True)
+    code, said, _ = dpfunc_("statement", "--log", "log", "--delta", "1e-5", "--json")
+    assert (code, '"epsilon": 0.0' in said) == (0, True)
+    (tmp_path / "log").write_bytes((tmp_path / "log").read_bytes()[:-1])
+    code, said, _ = dpfunc_("verify", "log")
+    assert (code, "FAILS at line 2" in said) == (3, True)
+    code, _, error = dpfunc_("delta", *numbers)
+    assert (code, error.count("\n")) == (2, 1)
 
 
 def test_modules_import_in_any_order():

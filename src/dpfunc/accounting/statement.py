@@ -199,7 +199,20 @@ def round_up(value: float, digits: int) -> str:
     >>> round_up(2.111432, 4), round_up(3.0, 4), round_up(float("inf"), 4)
     ('2.112', '3', 'inf')
     """
+    return _rounded(value, digits, decimal.ROUND_CEILING)
+
+
+def round_down(value: float, digits: int) -> str:
+    """A number with so many digits, never above the number itself.
+
+    >>> round_down(2.111432, 4), round_down(3.0, 4)
+    ('2.111', '3')
+    """
+    return _rounded(value, digits, decimal.ROUND_FLOOR)
+
+
+def _rounded(value: float, digits: int, rounding: str) -> str:
     if math.isinf(value):
         return "inf"
-    context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+    context = decimal.Context(prec=digits, rounding=rounding)
     return f"{float(context.create_decimal(repr(float(value)))):.{digits}g}"
