@@ -30,7 +30,9 @@ from dpfunc import (
     poisson_batches,
     private_grad,
     random,
+    read_log,
     trees,
+    write_log,
 )
 from dpfunc.testing import laws
 
@@ -122,6 +124,12 @@ class TestNoiseOfYourOwn:
             account_as((CUSTOM.event(),), CUSTOM.mechanism, lambda event: (event,))
         with pytest.raises(ValueError, match="custom:NAME"):
             account_as((PLAIN.event(),), "gaussian", lambda event: ())
+
+    def test_its_event_is_written_and_read(self, tmp_path):
+        write_log(tmp_path / "log.jsonl", (CUSTOM.event(),))
+        assert list(read_log(tmp_path / "log.jsonl")) == [CUSTOM.event()]
+        with pytest.raises(ValueError, match="custom:NAME"):
+            StepEvent(noise_multiplier=1.0, sampling_prob=0.5, mechanism="custom:")
 
     def test_infinite_noise_of_unknown_shape_is_not_nothing(self):
         with pytest.raises(ValueError, match="noise_multiplier"):

@@ -12,6 +12,7 @@ from dpfunc.events.event import (
     SAMPLINGS,
     Kind,
     StepEvent,
+    check_noise,
     combined_noise_multiplier,
     noise_multiplier_beside,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Log",
     "StepEvent",
     "append",
+    "check_noise",
     "combined_noise_multiplier",
     "noise_multiplier_beside",
 ]

@@ -78,15 +78,8 @@ class StepEvent:
         put("sampling_prob", _checks.probability(sampling_prob=self.sampling_prob) + 0.0)
         put("count", _checked_count(_checks.integer(at_least=0, count=self.count)))
         put("overflow_prob", _checks.probability(overflow_prob=self.overflow_prob) + 0.0)
-        if (
-            isinstance(self.mechanism, str)
-            and self.mechanism.removeprefix(CUSTOM) != self.mechanism
-        ):
+        if check_noise(self.mechanism).startswith(CUSTOM):
             _checks.finite_non_negative(noise_multiplier=self.noise_multiplier)
-        else:
-            _checks.choice(
-                MECHANISMS, "Noise of your own is named 'custom:NAME'.", mechanism=self.mechanism
-            )
         _checks.choice(SAMPLINGS, _LOADERS, sampling=self.sampling)
         _checks.choice(RELATIONS, relation=self.relation)
         if self.sampling == "none" and self.sampling_prob != 1.0:
@@ -99,6 +92,14 @@ class StepEvent:
                 f"Expected overflow_prob=0 with sampling={self.sampling!r}, got {self.overflow_prob}. "
                 "Only 'truncated_poisson' cuts a draw."
             )
+
+
+def check_noise(mechanism: str) -> str:
+    """The name of a noise: one that accountants know, or one of a user's own."""
+    if isinstance(mechanism, str) and mechanism.startswith(CUSTOM) and mechanism != CUSTOM:
+        return mechanism
+    advice = "Noise of your own is named 'custom:NAME'."
+    return _checks.choice(MECHANISMS, advice, mechanism=mechanism)
 
 
 class Kind(NamedTuple):

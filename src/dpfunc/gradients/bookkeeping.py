@@ -46,10 +46,16 @@ class PlanMismatch(RuntimeError):
     """The loss did not call what it called in its abstract run."""
 
 
+class _Plans(dict[Any, Plan]):
+    """Plans by their signature. They follow from the loss, and say nothing more of what it is."""
+
+    is_cache = True
+
+
 def planner(loss: Loss, has_aux: bool) -> Callable[..., Plan]:
     """`plan(params, arguments)` for batched arguments, made once for each signature of shapes."""
 
-    plans: dict[Any, Plan] = {}
+    plans = _Plans()
 
     def plan(params: Tree, arguments: Tree, *, afresh: bool = False) -> Plan:
         example = trees.map(lambda leaf: leaf[0], arguments)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dpfunc import _checks
-from dpfunc.events import MECHANISMS, RELATIONS, SAMPLINGS, AnyLog, Log, StepEvent
+from dpfunc.events import MECHANISMS, RELATIONS, SAMPLINGS, AnyLog, Log, StepEvent, check_noise
 
 FORMATS = (1, 2)
 _WRITTEN = ("noise_multiplier", "sampling_prob", "count", "mechanism", "sampling", "relation")
@@ -49,7 +49,11 @@ class Header:
 
     def __post_init__(self) -> None:
         for name, options in SHARED.items():
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is None:
+                continue
+            if name == "mechanism":
+                check_noise(value)
+            else:
                 _checks.choice(options, **{name: value})
         for name in ("unit", "note"):
             if not isinstance(value := getattr(self, name), str):
