@@ -261,7 +261,7 @@ def test_half_precision_parameters_stay_in_their_format():
     init, step = make_train_step(loss, MECHANISM, optimizers.sgd(0.5, momentum=0.9))
     state, _ = step(init(params), batch, KEY)
     assert all(p.dtype == torch.bfloat16 for p in state.params.values())
-    assert all(v.dtype == torch.float32 for v in state.optimizer.values())
+    assert all(v.dtype == torch.float32 for v in state.optimizer.velocity.values())
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])

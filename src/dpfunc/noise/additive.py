@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpfunc import random, trees
 from dpfunc.mechanism import DPSGD
+from dpfunc.schedules import Schedule
 from dpfunc.typing import Key, Tree
 
 
@@ -143,3 +144,25 @@ def _checked(noise_multiplier: Tensor) -> Tensor:
             "To sweep over several, use vmap."
         )
     return noise_multiplier
+
+
+def released_variance(mechanism: DPSGD) -> float:
+    """The variance that `privatize` gives each coordinate of what it returns; it is public.
+
+    Raises:
+        ValueError: it is not one number: it changes with the step or the leaf, or is your own.
+
+    >>> released_variance(
+    ...     DPSGD(clipping=2.0, noise_multiplier=1.5, sampling_prob=0.1, expected_batch_size=6))
+    0.25
+    """
+    multiplier = mechanism.noise_multiplier
+    moves = mechanism.factor is not None or mechanism.adaptive is not None
+    by_leaf = getattr(mechanism.rule, "noise", "common") != "common"
+    if moves or by_leaf or isinstance(multiplier, Schedule) or mechanism.noise is not None:
+        raise ValueError(
+            "Expected a mechanism whose noise is the same at every step and in every leaf, got one with "
+            "a schedule, adaptive clipping, noise per group, or noise of its own."
+        )
+    unit = 2.0 if mechanism.mechanism == "laplace" else 1.0  # of noise of scale 1
+    return unit * (multiplier * mechanism.sensitivity / mechanism.divisor) ** 2
