@@ -1,9 +1,10 @@
-"""Batches of a few padded sizes, from tensors or from any data set."""
+"""Batches of a few padded sizes, from columns or from any data set, loaded here or by workers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch.utils.data import default_collate
 
 from dpfunc import _checks, random, trees
 from dpfunc.mechanism import DPSGD, check_mechanism
-from dpfunc.sampling.poisson import poisson_indices, uniform_subset
+from dpfunc.sampling.poisson import loading_seed, poisson_indices, uniform_subset
+from dpfunc.sampling.sources import Gather, check_workers, source
+from dpfunc.sampling.workers import Task, ahead
 from dpfunc.typing import Key, Tree
 
 
@@ -37,12 +40,14 @@ def poisson_batches(
     start: int = 0,
     max_batch_size: int | None = None,
     collate: Callable[[list[Any]], Tree] = default_collate,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """Draw the Poisson batches of a run, one for each step.
 
     Args:
-        data: a pytree of tensors, every leaf (N, ...); or a data set with `__len__` and
-            `__getitem__` (or `__getitems__`, which gets the list of indices).
+        data: a pytree of tensors and NumPy arrays, every leaf (N, ...), memory-mapped files among
+            them; or a data set with `__len__` and `__getitem__` (or `__getitems__`, which gets the
+            list of indices), such as a torch Dataset or a Hugging Face table.
         key: the run's key, the same that the step gets.
         mechanism: whose sampling_prob is drawn with.
         num_steps: length of the whole run, >= 0.
@@ -54,13 +59,19 @@ def poisson_batches(
             `sampling="truncated_poisson"` in the mechanism, because that is what must be accounted.
             None: a larger batch gets more padding steps; bound its memory with chunk_size.
         collate: makes a pytree with a leading batch axis of a list of examples of a data set.
+        num_workers: processes that load up to two batches each ahead; 0 loads in this one. How,
+            never what: a data set that draws from global generators finds them seeded, in a worker,
+            for the step. Data that goes to workers is on the CPU.
 
     Returns:
         Iterator over `Batch(data, mask, step)` for the steps start, ..., num_steps - 1.
 
     Guarantees:
         Batch t is a function of (data, key, t): resuming gives the batches of the whole run.
+        Neither workers nor batches they have loaded ahead change that.
         No step is skipped: an empty draw is a batch of padding alone.
+        Time and memory of a step are O(batch), however large the data: a memory-mapped file is read
+        where rows were drawn. Global generators of this process are not used.
         The number of real rows is PRIVATE. The padded size shows it to within
         pad_to_multiple_of, to whoever can watch time or memory; it is not part of what is released.
 
@@ -69,7 +80,8 @@ def poisson_batches(
             is empty, max_batch_size without "truncated_poisson"
             or the reverse, a number out of range, or (while iterating) a collate function that
             returns another number of rows than it got examples.
-        TypeError: data is neither tensors nor a data set.
+        TypeError: data is neither columns nor a data set, or holds what is no number.
+        RuntimeError: (while iterating) an example fails to load; its index is said.
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1, "take a random sample".
 
@@ -99,80 +111,46 @@ def poisson_batches(
         )
     if max_batch_size is not None:
         max_batch_size = _checks.integer(at_least=1, max_batch_size=max_batch_size)
-    num_examples, gather = _source(data, collate)
+    num_workers = _checks.integer(at_least=0, num_workers=num_workers)
+    num_examples, gather = source(data, collate)
+    load = partial(_batch, gather)
+    if num_workers:
+        check_workers(data)
+    else:
+        gather(torch.empty(0, dtype=torch.int64))  # unusable data is refused at the call
+
+    def drawn(step: int) -> _Drawn:
+        prob = mechanism.sampling_prob_at(step)
+        indices = poisson_indices(num_examples, key, step, sampling_prob=prob)
+        if max_batch_size is not None and len(indices) > max_batch_size:
+            subset_key = random.derive(key.cpu(), random.TRUNCATION, step)
+            indices = indices[uniform_subset(subset_key, len(indices), max_batch_size)]
+        return _Drawn(indices, max(1, -(-len(indices) // multiple)) * multiple, step)
 
     def batches() -> Iterator[Batch]:
-        for step in range(start, num_steps):
-            prob = mechanism.sampling_prob_at(step)
-            drawn = poisson_indices(num_examples, key, step, sampling_prob=prob)
-            if max_batch_size is not None and len(drawn) > max_batch_size:
-                subset_key = random.derive(key.cpu(), random.TRUNCATION, step)
-                drawn = drawn[uniform_subset(subset_key, len(drawn), max_batch_size)]
-            size = max(1, -(-len(drawn) // multiple)) * multiple
-            found = gather(drawn, size)
-            mask = torch.arange(size, device=trees.leaves(found)[0].device) < len(drawn)
-            yield Batch(found, mask, torch.tensor(step, device=key.device))
+        steps = range(start, num_steps)
+        if num_workers:
+            tasks = (Task(drawn(step), loading_seed(key, step)) for step in steps)
+            loaded = ahead(load, tasks, num_workers)
+        else:
+            loaded = (load(drawn(step)) for step in steps)
+        for batch in loaded:
+            yield batch._replace(step=batch.step.to(key.device))
 
     return batches()
 
 
-def _source(
-    data: Any, collate: Callable[[list[Any]], Tree]
-) -> tuple[int, Callable[[Tensor, int], Tree]]:
-    """The number of examples, and how to gather some of them into a tree of padded leaves."""
-    if isinstance(data, (Tensor, tuple, Mapping)):
-        num = trees.batch_size(data, "data")
-        return num, lambda drawn, size: trees.map(
-            lambda leaf: _padded(leaf[drawn.to(leaf.device)], size), data
-        )
-    if isinstance(data, list) and any(isinstance(entry, Tensor) for entry in data):
-        raise TypeError(
-            "Expected a tuple (or dict) of columns or a data set of rows, got a list of tensors, which "
-            "could be either. Write (x, y) for columns, torch.stack(rows) for rows."
-        )
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise TypeError(
-            "Expected data to be a pytree of tensors or a data set with __len__ and __getitem__, got "
-            f"{type(data).__name__}. An iterable stream has no Poisson sample; of a DataLoader, pass its dataset."
-        )
-    num = len(data)
-    if num == 0:
-        raise ValueError("Expected data to hold at least one example, got an empty data set.")
-    # The shapes of one example stand for all, so that an empty draw has a form to be empty in.
-    blank = trees.map(lambda leaf: leaf[:0], _collated(data, [0], collate))
-
-    def gather(drawn: Tensor, size: int) -> Tree:
-        found = _collated(data, drawn.tolist(), collate) if len(drawn) else blank
-        return trees.map(lambda leaf: _padded(leaf, size), found)
-
-    return num, gather
+class _Drawn(NamedTuple):
+    indices: Tensor
+    size: int
+    step: int
 
 
-def _collated(data: Any, indices: list[int], collate: Callable[[list[Any]], Tree]) -> Tree:
-    """The examples as one tree of tensors, one row for each: more would be more than one's share."""
-    found = trees.map(_as_tensor, collate(_examples(data, indices)))
-    if trees.batch_size(found, "collate(examples)") != len(indices):
-        # Without the two numbers: how many examples were drawn is private.
-        raise ValueError(
-            "Expected collate to return one row for each example, got another number of rows. "
-            "Several rows of one example would each be clipped apart: average them in the loss."
-        )
-    return found
-
-
-def _as_tensor(leaf: Any) -> Tensor:
-    try:
-        return torch.as_tensor(leaf)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"Expected collate to return tensors or numeric arrays, got a {type(leaf).__name__}."
-        ) from None
-
-
-def _examples(data: Any, indices: list[int]) -> list[Any]:
-    if hasattr(data, "__getitems__"):
-        return data.__getitems__(indices)
-    return [data[i] for i in indices]
+def _batch(gather: Gather, drawn: _Drawn) -> Batch:
+    """Gather what was drawn and fill it up with zeros."""
+    found = trees.map(lambda leaf: _padded(leaf, drawn.size), gather(drawn.indices))
+    rows = torch.arange(drawn.size, device=trees.leaves(found)[0].device)
+    return Batch(found, rows < len(drawn.indices), torch.tensor(drawn.step))
 
 
 def _padded(leaf: Tensor, size: int) -> Tensor:

@@ -52,8 +52,7 @@ def poisson_indices(
     num_examples = _num_examples(num_examples)
     step = _checks.integer(at_least=0, step=step)
     sampling_prob = _checks.probability(sampling_prob=sampling_prob)
-    sampling_key = random.derive(key.cpu(), random.SAMPLING, step)
-    count_key, subset_key = random.split(sampling_key, 2)
+    count_key, subset_key, _ = _keys(key, step)
     count = _binomial(count_key, num_examples, sampling_prob)
     if 2 * count <= num_examples:
         return torch.from_numpy(np.sort(_subset(subset_key, num_examples, count)))
@@ -105,6 +104,17 @@ def overflow_probability(num_examples: int, *, sampling_prob: float, max_batch_s
 def uniform_subset(key: Key, num: int, size: int) -> Tensor:
     """Sorted positions of a uniform subset of `size` out of `num`, size at most num."""
     return torch.from_numpy(np.sort(_subset(key, num, size)))
+
+
+def loading_seed(key: Key, step: int) -> int:
+    """What a data set that draws while a step's examples load is seeded with."""
+    low, high = random.bits(_keys(key, step)[2], (2,)).tolist()
+    return (high & 0x7FFFFFFF) << 32 | low
+
+
+def _keys(key: Key, step: int) -> Tensor:
+    """Of the sampler, at a step: for the count, for the subset, for loading."""
+    return random.split(random.derive(key.cpu(), random.SAMPLING, step), 3)
 
 
 def _num_examples(num_examples: int) -> int:

@@ -1,0 +1,53 @@
+"""Loading ahead in worker processes. They are told what to load; they see no key and draw nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+
+class Task(NamedTuple):
+    """What a worker loads, and what it seeds the global generators of its process with."""
+
+    what: Any
+    seed: int
+
+
+class _Loaded(NamedTuple):
+    """A map from tasks to what they load, in the form that DataLoader asks for."""
+
+    load: Callable[[Any], Any]
+
+    def __getitem__(self, task: Task) -> Any:  # pyright: ignore
+        # A data set that draws (augmentation) draws the same in any worker, and again on resuming.
+        torch.manual_seed(task.seed)
+        random.seed(task.seed)
+        np.random.seed(task.seed % 2**32)
+        return self.load(task.what)
+
+
+def ahead(load: Callable[[Any], Any], tasks: Iterable[Task], num_workers: int) -> Iterator[Any]:
+    """`load(task.what)` for each task, in their order, up to two for each worker ahead.
+
+    Guarantees:
+        What is loaded does not depend on the number of workers, nor on how far ahead they are.
+        The global generators of this process are neither read nor moved.
+    """
+    loader = DataLoader(
+        _Loaded(load),  # type: ignore[arg-type]
+        sampler=tasks,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else a seed would come out of the global one
+    )
+    return iter(loader)
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
