@@ -174,6 +174,20 @@ def test_an_example_that_does_not_load_is_named(data, num_workers):
         list(poisson_batches(data, KEY, MECHANISM, num_steps=9, num_workers=num_workers))
 
 
+@WORKERS
+@pytest.mark.parametrize("data", [Rows(), Broken()], ids=["closed", "failed"])
+def test_no_worker_outlives_the_batches(data):
+    batches = poisson_batches(data, KEY, MECHANISM, num_steps=9, num_workers=2)
+    if isinstance(data, Broken):
+        with pytest.raises(RuntimeError):
+            list(batches)
+    else:
+        next(batches)
+        assert len(torch.multiprocessing.active_children()) == 2
+        batches.close()
+    assert not torch.multiprocessing.active_children()
+
+
 def test_an_error_of_the_whole_bulk_is_its_own():
     class Bulk(Rows):
         def __getitems__(self, indices):

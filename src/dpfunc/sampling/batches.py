@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -134,8 +135,9 @@ def poisson_batches(
             loaded = ahead(load, tasks, num_workers)
         else:
             loaded = (load(drawn(step)) for step in steps)
-        for batch in loaded:
-            yield batch._replace(step=batch.step.to(key.device))
+        with closing(loaded):
+            for batch in loaded:
+                yield batch._replace(step=batch.step.to(key.device))
 
     return batches()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,12 +19,13 @@ class Task(NamedTuple):
     seed: int
 
 
-class _Loaded(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Loaded:
     """A map from tasks to what they load, in the form that DataLoader asks for."""
 
     load: Callable[[Any], Any]
 
-    def __getitem__(self, task: Task) -> Any:  # pyright: ignore
+    def __getitem__(self, task: Task) -> Any:
         # A data set that draws (augmentation) draws the same in any worker, and again on resuming.
         torch.manual_seed(task.seed)
         random.seed(task.seed)
@@ -31,7 +33,7 @@ class _Loaded(NamedTuple):
         return self.load(task.what)
 
 
-def ahead(load: Callable[[Any], Any], tasks: Iterable[Task], num_workers: int) -> Iterator[Any]:
+def ahead(load: Callable[[Any], Any], tasks: Iterable[Task], num_workers: int) -> Generator[Any]:
     """`load(task.what)` for each task, in their order, up to two for each worker ahead.
 
     Guarantees:
@@ -46,7 +48,13 @@ def ahead(load: Callable[[Any], Any], tasks: Iterable[Task], num_workers: int) -
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else a seed would come out of the global one
     )
-    return iter(loader)
+    loaded = iter(loader)
+    try:
+        yield from loaded
+    finally:
+        # After an error the garbage collector would take the queues first, and then wait seconds
+        # for each worker to hear of its end through them.
+        getattr(loaded, "_shutdown_workers", lambda: None)()
 
 
 def _as_it_is(loaded: Any) -> Any:
