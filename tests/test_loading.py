@@ -1,5 +1,6 @@
 """Where batches come from: workers, memory-mapped files, tables. What is loaded is never changed by how."""
 
+import mmap
 import os
 import random as python_random
 import signal
@@ -232,6 +233,32 @@ def test_two_billion_rows_on_disk_are_read_where_they_are_drawn(tmp_path):
     assert len(drawn)
     assert batch.data[batch.mask].equal((drawn % 1000 + 1.0)[:, None].expand(-1, 8))
     assert os.stat(tmp_path / "x").st_blocks * 512 < 2**24
+
+
+@pytest.mark.parametrize(
+    ("view", "mapped"),
+    [
+        (lambda x: x, True),
+        (lambda x: x[5:], True),
+        (lambda x: np.asarray(x)[::-1].T[0], True),
+        (lambda x: x[:, :2] + 1, False),
+    ],
+    ids=["whole", "slice", "array", "copy"],
+)
+def test_the_system_is_told_that_reads_are_scattered(tmp_path, monkeypatch, view, mapped):
+    """A whole test of it would time a disk: `./dev bench sampling` does, a thousand to one."""
+    told = []
+    advise = mmap.mmap.madvise
+
+    class Map(mmap.mmap):
+        def madvise(self, option):
+            told.append(option)
+            return advise(self, option)
+
+    monkeypatch.setattr(mmap, "mmap", Map)
+    data = view(np.memmap(tmp_path / "x", dtype=np.float32, mode="w+", shape=(60, 4)))
+    next(poisson_batches(data, KEY, MECHANISM, num_steps=1))
+    assert told == [mmap.MADV_RANDOM] * mapped
 
 
 @pytest.mark.parametrize(
