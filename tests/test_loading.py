@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import pickle
 import random as python_random
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from dpfunc import DPSGD, poisson_batches, poisson_indices, random
+from dpfunc.sampling.sources import source
 
 KEY = random.key(2026)
 MECHANISM = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.3, expected_batch_size=18)
@@ -305,6 +308,14 @@ def test_workers_are_refused_what_they_cannot_read(tmp_path, monkeypatch):
     for wrong, kind in ((-1, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(kind, match="num_workers"):
             poisson_batches(Rows(), KEY, MECHANISM, num_steps=1, num_workers=wrong)
+
+
+def test_what_a_worker_is_given_can_be_sent_to_a_process_that_does_not_fork():
+    for data in (torch.arange(60), np.arange(60), list(range(60))):
+        _, gather = source(data, default_collate)
+        sent = pickle.loads(pickle.dumps(gather))
+        for indices in (torch.tensor([2, 7]), torch.empty(0, dtype=torch.int64)):
+            assert sent(indices).equal(indices)
 
 
 @pytest.fixture

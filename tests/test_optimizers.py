@@ -2,9 +2,10 @@
 
 import math
 
+import optree
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, StepLR
 
@@ -26,6 +27,7 @@ from dpfunc.optimizers import (
     sgd,
     step_decay,
 )
+from dpfunc.testing.strategies import per_sample_grads
 
 MECHANISM = DPSGD(clipping=2.0, noise_multiplier=3.0, sampling_prob=0.1, expected_batch_size=4)
 
@@ -171,16 +173,26 @@ def test_a_learning_rate_that_is_a_number_in_the_graph_would_have_been_seen(fres
 
 
 @every_optimizer
-def test_updates_are_pure(optimizer):
-    generator, params = start(torch.float32)
-    state = optimizer.init(params)
-    grads = draw(generator, params)
-    _, state = optimizer.update(grads, state, params)  # a state past the first
+@settings(max_examples=15)
+@given(trees=per_sample_grads(st.just(2), poison=False))
+def test_updates_are_pure_on_any_tree(optimizer, trees):
+    """One row of a drawn tree for parameters and one for a gradient: any nesting, shape and format."""
+    params, grads = (optree.tree_map(lambda leaf, i=i: leaf[i], trees) for i in range(2))
+    _, state = optimizer.update(grads, optimizer.init(params), params)  # a state past the first
     arguments = (grads, state, params)
     before = [leaf.clone() for leaf in leaves(arguments)]
     once, twice = optimizer.update(*arguments), optimizer.update(*arguments)
-    assert all(a.equal(b) for a, b in zip(leaves(arguments), before, strict=True))
-    assert all(a.equal(b) for a, b in zip(leaves(once), leaves(twice), strict=True))
+    assert_same_bits(leaves(arguments), before)
+    assert_same_bits(leaves(once), leaves(twice))
+    assert optree.tree_structure(once[0]) == optree.tree_structure(params)
+    assert optree.tree_structure(once[1]) == optree.tree_structure(state)
+    for update, p in zip(leaves(once[0]), leaves(params), strict=True):
+        assert update.shape == p.shape
+        assert update.dtype == torch.promote_types(p.dtype, torch.float32)
+
+
+def assert_same_bits(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @every_optimizer
@@ -232,6 +244,19 @@ def test_a_private_step_takes_any_of_them(optimizer):
     state, event = step(init(torch.zeros(3)), batch, random.key(0))
     assert state.params.shape == (3,)
     assert event == MECHANISM.event()
+
+
+@pytest.mark.parametrize("name", ["averaged", "disk", "adam_bc", "scheduled"])
+def test_a_whole_private_step_is_one_graph_as_the_rate_changes(name, fresh_compiler):
+    init, step = make_train_step(lambda w, x: (w * x).sum(), MECHANISM, ALL[name])
+    together = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager = state = init(torch.zeros(3))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in range(4):
+            batch = Batch(torch.ones(4, 3), torch.ones(4, dtype=torch.bool), torch.tensor(t))
+            state, _ = together(state, batch, random.key(0))
+            eager, _ = step(eager, batch, random.key(0))
+    torch.testing.assert_close(state, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rates_may_be_mapped_over():

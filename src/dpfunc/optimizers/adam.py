@@ -161,12 +161,12 @@ def _adam(
         power = step.double()
         unbias1, unbias2 = 1 - b1**power, 1 - b2**power
 
-        def move(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-            found = (m / unbias1.to(m.dtype)) / divisor(v / unbias2.to(v.dtype))
-            if weight_decay:
-                found = found + weight_decay * p
-            return -rate.to(found.dtype) * found
-
-        return trees.map(move, first, second, params), AdamState(step, first, second)
+        moves = trees.map(
+            lambda m, v: (m / unbias1.to(m.dtype)) / divisor(v / unbias2.to(v.dtype)), first, second
+        )
+        if weight_decay:
+            moves = trees.map(lambda u, p: u + weight_decay * p, moves, params)
+        updates = trees.map(lambda u: -rate.to(u.dtype) * u, moves)
+        return updates, AdamState(step, first, second)
 
     return Optimizer(init, update)

@@ -72,7 +72,7 @@ def check_pair(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"Expected an (init, update) pair, got {optimizer!r}. "
-            "Make one, such as sgd(0.1); of a TorchOpt transform, with from_torchopt."
+            "Make one: sgd(0.1), Optimizer(init, update), from_torchopt of a TorchOpt transform."
         )
 
 

@@ -73,8 +73,9 @@ def poisson_batches(
         No step is skipped: an empty draw is a batch of padding alone.
         Time and memory of a step are O(batch), however large the data: a memory-mapped file is read
         where rows were drawn. Global generators of this process are not used.
-        The number of real rows is PRIVATE. The padded size shows it to within
-        pad_to_multiple_of, to whoever can watch time or memory; it is not part of what is released.
+        Which examples are in a batch, how many and in what order, is PRIVATE. The padded size shows
+        their number to within pad_to_multiple_of, to whoever can watch time or memory; it is not
+        part of what is released.
 
     Raises:
         ValueError: a schedule of the mechanism is shorter than num_steps, leaves disagree on N, data
