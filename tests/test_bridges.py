@@ -107,6 +107,14 @@ def test_torchopt_and_our_own_agree_on_a_private_run(make, ours):
     torch.testing.assert_close(states[0].params, states[1].params, rtol=1e-4, atol=1e-5)
 
 
+def test_a_torchopt_transform_leaves_the_gradients_it_is_given():
+    torchopt = pytest.importorskip("torchopt")
+    optimizer = from_torchopt(torchopt.sgd(0.1, momentum=0.9))
+    params, grads = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    optimizer.update(grads, optimizer.init(params), params)
+    assert (grads["w"] == 1).all()
+
+
 def test_a_transform_joins_a_chain():
     torchopt = pytest.importorskip("torchopt")
     both = chain(ema(decay=0.5), from_torchopt(torchopt.sgd(0.1)))

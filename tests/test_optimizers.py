@@ -338,6 +338,7 @@ def test_averaged_keeps_the_updates_and_averages_the_parameters():
     plain, both = sgd(0.1, momentum=0.9), averaged(sgd(0.1, momentum=0.9), decay=0.9)
     a, b = plain.init(params), both.init(params)
     assert b.average["w"].equal(params["w"])
+    assert b.average["w"].data_ptr() != params["w"].data_ptr()
     path = []
     for _ in range(10):
         grads = draw(generator, params)
@@ -359,7 +360,7 @@ def test_disk_is_the_recursion_of_its_paper(gain):
         return at**3 + torch.sin(at + t)
 
     gamma = (1 - gain) / gain
-    inner = sgd(0.05, momentum=0.5)
+    inner = sgd(0.05, momentum=0.5, weight_decay=0.3)  # which reads the parameters
     x, d, filtered = torch.tensor([1.0, -2.0]).double(), 0.0, 0.0
     optimizer = disk(inner, gain=gain)
     y, plain = x, inner.init(x)
