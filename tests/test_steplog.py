@@ -214,6 +214,8 @@ class TestAttempts:
         with LogFile(path) as file:
             file.intend((replace(STEP, count=10), replace(QUIET, count=10)), attempt=0, start=0)
             file.intend((replace(STEP, count=2), replace(QUIET, count=20)), attempt=0, start=8)
+            file.intend((replace(STEP, count=2), QUIET), attempt=0, start=8)
+            assert file.run.attempts[0].stop == 30
             file.intend((replace(STEP, count=7),), attempt=2**63 - 1, start=12)
             file.intend((replace(QUIET, count=3),), attempt=0, start=20)
         run = read_run(path)
@@ -426,6 +428,11 @@ class TestVerify:
                 continue
             assert not self.changed(path, closed[:place])
 
+    def test_half_a_line_beyond_the_end_is_found(self, closed, path):
+        found = self.changed(path, closed + b"{")
+        assert (found.line, found.problem) == (7, "It is cut off, in the middle of its last line.")
+        assert not verify_log(path, head=found.head)
+
     def test_the_header_of_another_log_is_found(self, closed, path, tmp_path):
         write_log(tmp_path / "other", (EVENT,), unit="user")
         header = (tmp_path / "other").read_bytes().splitlines(keepends=True)[0]
@@ -539,6 +546,20 @@ class TestWriter:
                 act()
                 assert synced[-1] == path.stat().st_size
             assert len(synced) == 3
+
+    def test_a_new_file_is_in_its_folder_before_anything_is_declared(self, path, monkeypatch):
+        synced, sync = [], os.fsync
+
+        def spy(descriptor):
+            sync(descriptor)
+            synced.append(os.fstat(descriptor).st_ino)
+
+        monkeypatch.setattr(os, "fsync", spy)
+        with LogFile(path):
+            assert synced[-1] == path.parent.stat().st_ino
+            assert path.stat().st_ino in synced
+        write_log(path.with_name("other"), ())
+        assert synced[-1] == path.parent.stat().st_ino
 
     @pytest.mark.parametrize("failing", ["write", "fsync"])
     def test_a_full_or_failing_disk_raises_and_leaves_the_file_as_it_was(
