@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -224,6 +225,24 @@ class TestAttempts:
         assert steps_of(run.log) == 37
         assert list(run.attempts) == [0, 2**63 - 1]
 
+    def test_a_replay_that_stops_early_takes_nothing_back_of_the_run_it_replays(self, path):
+        """100 steps were declared, some 57 run, then a kill; the replay from 50 is stopped at 52."""
+        with LogFile(path) as file:
+            file.intend((replace(STEP, count=100),), attempt=0, start=0)
+            killed = path.read_bytes()
+            file.intend((replace(STEP, count=20),), attempt=0, start=50)
+            file.stop(52, attempt=0)
+            assert file.run.attempts[0].stop == 100
+        path.write_bytes(killed)
+        with LogFile(path) as file:
+            file.stop(52, attempt=0)
+            assert file.run.attempts[0].stop == 100
+            file.intend((replace(STEP, count=70),), attempt=0, start=50)
+            file.stop(110, attempt=0)
+            file.intend((replace(STEP, count=5),), attempt=0, start=110)
+            file.stop(112, attempt=0)
+        assert read_run(path).attempts[0].stop == 112
+
     @pytest.mark.parametrize(
         ("wrong", "said"),
         [
@@ -295,6 +314,7 @@ class WriteAhead(RuleBasedStateMachine):
         self.path = Path(self.folder.name) / "log"
         self.file = LogFile(self.path)
         self.attempts = {}
+        self.kept = {}
 
     def teardown(self):
         self.file.__exit__(None, None, None)
@@ -311,6 +331,8 @@ class WriteAhead(RuleBasedStateMachine):
         again = known[start - first :][: len(steps)]
         if follows and again == steps[: len(again)]:
             self.file.intend(tuple(steps), attempt=attempt, start=start)
+            if again:
+                self.kept[attempt] = first + len(known)
             self.attempts[attempt] = (first, known + steps[len(again) :])
         else:
             with pytest.raises(ValueError, match=r"start|steps"):
@@ -323,6 +345,7 @@ class WriteAhead(RuleBasedStateMachine):
         first, known = self.attempts[attempt]
         kept = data.draw(st.integers(0, len(known)))
         self.file.stop(first + kept, attempt=attempt)
+        kept = max(kept, self.kept.get(attempt, first) - first)
         self.attempts[attempt] = (first, known[:kept])
 
     @rule(
@@ -338,6 +361,7 @@ class WriteAhead(RuleBasedStateMachine):
         with open(self.path, "ab") as file:
             file.write(torn)
         self.file = LogFile(self.path, extends=head)
+        self.kept = {number: first + len(known) for number, (first, known) in self.attempts.items()}
 
     @invariant()
     def it_is_the_model(self):
@@ -464,6 +488,32 @@ class TestVerify:
             verify_log(path)
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "log.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="runs from the source tree")
+class TestPage:
+    def test_its_program_finds_the_head_and_an_edit(self, closed, path):
+        namespace = {}
+        (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        exec(program, namespace)
+        path.write_bytes(closed)
+        assert namespace["head_of"](path) == verify_log(path).head
+        path.write_bytes(closed.replace(b'"start": 4', b'"start": 3'))
+        with pytest.raises(AssertionError):
+            namespace["head_of"](path)
+
+    def test_its_lines_are_those_that_are_written(self, path):
+        with LogFile(path, header=Header.of((STEP,))) as file:
+            file.intend((replace(STEP, count=100),), attempt=0, start=0)
+            file.stop(60, attempt=0)
+            file.close()
+        (shown,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        for line, written in zip(shown.splitlines(), lines_of(path), strict=True):
+            assert {**json.loads(line), "sha256": ""} == {**written, "sha256": ""}
+            assert list(json.loads(line)) == list(written)
+
+
 class TestKill:
     def test_a_prefix_of_any_length_counts_what_was_declared_when_it_was_written(self, path):
         sizes = written(path, close=False)
@@ -513,9 +563,12 @@ with LogFile(sys.argv[1]) as file:
             ran = int(whole[-1])
             assert ran <= steps_of(read_log(path)) <= ran + 3
         with LogFile(path) as file:
-            file.stop(ran, attempt=0)
+            counted = file.run.attempts[0].stop
+            file.stop(ran, attempt=0)  # who is killed may have run more than it said
+            file.intend((STEP,) * 9, attempt=0, start=counted)
+            file.stop(counted + 1, attempt=0)
             file.close()
-        assert verify_log(path).num_steps == ran
+        assert verify_log(path).num_steps == counted + 1
 
 
 class TestWriter:
@@ -599,11 +652,15 @@ class TestWriter:
 
     def test_an_interrupt_leaves_file_and_writer_agreeing_wherever_it_comes(self, path):
         """At every line of Python that an append runs, in turn."""
-        step, done = 0, False
+        place, done = 0, False
         with LogFile(path) as file:
-            file.intend((replace(STEP, count=5),), attempt=0, start=0)
+
+            def intend():
+                start = file.run.attempts[0].stop if file.run.attempts else 0
+                file.intend((STEP,), attempt=0, start=start)
+
             while not done:
-                left = step = step + 1
+                left = place = place + 1
 
                 def trace(frame, kind, _):
                     nonlocal left
@@ -613,17 +670,18 @@ class TestWriter:
                             raise KeyboardInterrupt
                         return trace
 
+                before = sys.gettrace()
                 sys.settrace(trace)
                 try:
-                    file.stop(5, attempt=0)
+                    intend()
                     done = True
                 except KeyboardInterrupt:
                     pass
                 finally:
-                    sys.settrace(None)
-                file.stop(5, attempt=0)
+                    sys.settrace(before)
+                intend()
                 assert file.run == read_run(path)
-        assert step > 10
+        assert place > 20
 
     def test_a_file_changed_by_someone_else_is_not_added_to(self, path):
         for change in (

@@ -88,18 +88,26 @@ class LogFile:
         log = Log(log)
         self._run.header.check(log)
         attempts = declared(self._run.attempts, attempt, start, log)
+        if attempt in self._run.attempts and start < self._run.attempts[attempt].stop:
+            self._kept[attempt] = self._run.attempts[attempt].stop
         if log:
             self._append(steps_entry(self._run.header, attempt, start, log), attempts)
 
     def stop(self, step: int, *, attempt: int) -> None:
-        """Declare that no step of this attempt at or beyond `step` was released.
+        """Declare that no step of this attempt at or beyond `step` was released by this writer.
+
+        What an earlier writer declared stays counted, and so does what was declared before a replay:
+        whoever was killed at that may have released more than the one who replays it.
 
         Raises:
             ValueError, TypeError: a step beyond those declared, or an unknown attempt.
             OSError: it could not be written; the file is as it was.
         """
-        attempts = stopped(self._run.attempts, attempt, step)
-        self._append({"attempt": attempt, "stop": step}, attempts)
+        stopped(self._run.attempts, attempt, step)
+        step = max(step, self._kept.get(attempt, 0))
+        if step < self._run.attempts[attempt].stop:
+            attempts = stopped(self._run.attempts, attempt, step)
+            self._append({"attempt": attempt, "stop": step}, attempts)
 
     def close(self) -> None:
         """Declare the run complete, and let go of the file."""
@@ -145,6 +153,7 @@ class LogFile:
         except LineError as error:
             raise ValueError(f"{self._path}, {error}") from error
         self._size = len(content) - len(torn)
+        self._kept = {number: attempt.stop for number, attempt in self._run.attempts.items()}
         self._check(header, extends, {run.head for run in found})
         if torn:
             disk.cut(self._file, self._size)
