@@ -707,6 +707,10 @@ class TestWriter:
         path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
         with pytest.raises(ValueError, match="Lines were lost since"):
             LogFile(path, extends=head)
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match="Expected a log at"):
+            LogFile(path, extends=head)
+        assert not path.exists()
 
     def test_a_file_that_is_no_log_is_left_alone(self, path):
         for content in (b"my thesis", b"my\nthesis", b"{}\n", b'{"dpfunc_log": 2, "other'):

@@ -64,6 +64,8 @@ class LogFile:
         extends: str | None = None,
     ) -> None:
         self._path = Path(path)
+        if extends is not None and not self._path.exists():
+            raise FileNotFoundError(f"Expected a log at {path}, which {extends} is of, found none.")
         self._file = disk.open_alone(self._path)
         try:
             self._open(header, extends)
