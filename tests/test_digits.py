@@ -1,8 +1,10 @@
 """The README's run, the files it leaves, and the command line around it."""
 
 import json
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors import safe_open
 from sklearn import datasets
 
-from dpfunc import Statement, StepEvent, cli, digits, random, read_log
+from dpfunc import Statement, StepEvent, cli, digits, fit, random, read_log, trees, verify_log
 
 EVENT = StepEvent(noise_multiplier=1.0, sampling_prob=0.01, count=1000)
 
@@ -50,6 +52,8 @@ def test_the_progress_bar_shows_epsilon_and_held_out_accuracy_and_no_training_lo
 def test_it_leaves_a_log_parameters_a_statement_and_a_private_picture(finished):
     out, _, _ = finished
     assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint.safetensors",
+        "key.SECRET",
         "log.jsonl",
         "params.safetensors",
         "run.PRIVATE.png",
@@ -66,37 +70,43 @@ def test_it_leaves_a_log_parameters_a_statement_and_a_private_picture(finished):
     assert (out / "run.PRIVATE.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_no_key_is_in_any_file(finished):
+def test_no_key_is_in_any_file_but_its_own(finished):
     out, printed, _ = finished
     key = random.key(1)
     raw = key.numpy().astype("<u4").tobytes()
-    for content in [*(p.read_bytes() for p in out.iterdir()), printed.encode()]:
+    public = [p for p in out.iterdir() if p.name != "key.SECRET"]
+    for content in [*(p.read_bytes() for p in public), printed.encode()]:
         assert raw not in content
         assert raw.hex().encode() not in content
         assert not any(str(word).encode() in content for word in key.tolist())
 
 
-def run(seed, steps=5):
-    data, settings = digits.load("digits"), digits.SETTINGS["digits"]
+def run(seed, num_steps=5, name="digits"):
+    data, settings = digits.load(name), digits.SETTINGS[name]
     mechanism = digits.mechanism_for(data, settings, 3.0, 1e-5)
     key = random.key(seed)
-    module = digits.Network(8, settings, random.split(key)[0])
-    iterator = digits.train(module, data, settings, mechanism, 1e-5, key)
-    return [next(iterator) for _ in range(steps)]
+    module = digits.Network(data.train.images.shape[-1], settings, random.split(key)[0])
+    pair, params = digits.pair(module, settings, mechanism)
+    return fit(
+        pair,
+        params,
+        tuple(data.train),
+        mechanism,
+        key,
+        num_steps=num_steps,
+        delta=1e-5,
+        progress=False,
+    )
 
 
 @pytest.mark.uses_global_generator  # nn's own initialisation, overwritten
 def test_a_seed_reproduces_a_run_bit_for_bit_and_no_seed_is_fresh():
     first, second, other, fresh = run(3), run(3), run(4), run(None)
-    assert all(
-        a.equal(b)
-        for a, b in zip(first[-1].params.values(), second[-1].params.values(), strict=True)
-    )
+    for a, b in zip(trees.leaves(first.state), trees.leaves(second.state), strict=True):
+        assert a.equal(b)
     for different in (other, fresh):
-        assert not first[-1].params["readout.weight"].equal(different[-1].params["readout.weight"])
-    spent = [progress.epsilon for progress in first]
-    assert spent == sorted(spent)
-    assert [event.count for event in first[-1].log] == [5]
+        assert not first.params["readout.weight"].equal(different.params["readout.weight"])
+    assert [event.count for event in first.log] == [5]
 
 
 def test_splits_are_disjoint_and_whole():
@@ -107,6 +117,7 @@ def test_splits_are_disjoint_and_whole():
     assert sorted(map(bytes, rows)) == sorted(map(bytes, images))
 
 
+@pytest.mark.uses_global_generator  # nn's own initialisation, overwritten
 def test_mnist_takes_the_same_path(monkeypatch):
     rng = np.random.default_rng(0)
     fake = (rng.integers(0, 256, (1200, 784)).astype(float), rng.integers(0, 10, 1200).astype(str))
@@ -114,13 +125,7 @@ def test_mnist_takes_the_same_path(monkeypatch):
     data = digits.load("mnist")
     assert data.train.images.shape[1:] == (1, 28, 28)
     assert float(data.train.images.max()) == 1.0
-    settings = digits.SETTINGS["mnist"]
-    mechanism = digits.mechanism_for(data, settings, 3.0, 1e-5)
-    state = torch.get_rng_state()
-    module = digits.Network(28, settings, random.key(0))
-    torch.set_rng_state(state)
-    progress = next(digits.train(module, data, settings, mechanism, 1e-5, random.key(0)))
-    assert progress.step == 1
+    assert int(run(0, num_steps=1, name="mnist").state.step) == 1
 
 
 def test_mnist_offline_says_so_and_names_the_way_out(monkeypatch, capsys, tmp_path):
@@ -134,18 +139,30 @@ def test_mnist_offline_says_so_and_names_the_way_out(monkeypatch, capsys, tmp_pa
     assert "--data digits" in said
 
 
-def test_an_interrupt_keeps_what_ran(monkeypatch, capsys, tmp_path):
-    real = digits.train
+@pytest.mark.uses_global_generator  # nn's own initialisation, overwritten
+def test_an_interrupt_keeps_what_ran_and_the_same_command_goes_on(monkeypatch, capsys, tmp_path):
+    real, seen = digits.accuracy, []
 
-    def interrupted(*arguments):
-        for progress in real(*arguments):
-            if progress.step == 4:
-                raise KeyboardInterrupt
-            yield progress
+    def interrupting(*arguments):
+        seen.append(None)
+        if len(seen) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
 
-    monkeypatch.setattr(digits, "train", interrupted)
-    state = torch.get_rng_state()
-    assert cli.main(["train", "--out", str(tmp_path)]) == 0
-    torch.set_rng_state(state)
-    assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 3
-    assert "Stopped" in capsys.readouterr().err
+    monkeypatch.setattr(digits, "accuracy", interrupting)
+    command = ["train", "--seed", "2", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    assert "Stopped after step 4; the same command goes on" in capsys.readouterr().err
+    assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 4
+    assert cli.main(command) == 0
+    assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 60
+    assert verify_log(tmp_path / "log.jsonl")
+
+
+@pytest.mark.uses_global_generator  # nn's own initialisation, overwritten
+def test_a_finished_run_is_never_written_over(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(digits.SETTINGS, "digits", replace(digits.SETTINGS["digits"], num_steps=2))
+    for folder in ("run", "run-2"):
+        assert cli.main(["train"]) == 0
+        assert f"to {folder}/" in capsys.readouterr().out

@@ -114,6 +114,7 @@ class TestLoop:
     def test_what_is_evaluated_is_kept_with_its_step(self):
         result = fitted(evaluate=lambda state: {"size": state.params.norm()}, evaluate_every=5)
         assert [row["step"] for row in result.history] == [5, 10, 12]
+        assert result.history[-1]["epsilon"] == result.epsilon
         assert result.history[-1]["size"] == pytest.approx(result.params.norm().item())
 
     def test_a_fresh_key_every_time(self):
@@ -443,7 +444,7 @@ class TestGoingOnDifferently:
         [
             (run.KEY, FileNotFoundError, "without which the run cannot go on"),
             (run.CHECKPOINT, ValueError, "beside a log that counts steps, found none"),
-            (run.LOG, ValueError, "SHA-256|Lines were lost"),
+            (run.LOG, FileNotFoundError, "Expected a log at"),
         ],
     )
     def test_a_file_that_is_gone_is_told(self, tmp_path, gone, kind, words):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +14,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from dpfunc import optimizers, random
-from dpfunc.accounting import Statement, calibrate_noise_multiplier, epsilon, write_log
+from dpfunc.accounting import Statement, calibrate_noise_multiplier
 from dpfunc.accounting.logfile import replace_file
-from dpfunc.events import AnyLog, Log, append
+from dpfunc.events import AnyLog
 from dpfunc.gradients import clipped_grad
 from dpfunc.mechanism import DPSGD
 from dpfunc.models import functional_loss
-from dpfunc.sampling import poisson_batches
 from dpfunc.step import make_train_step
 from dpfunc.typing import Key, Params
 
@@ -40,6 +38,8 @@ class Settings:
     momentum: float
     averaging: float
 
+
+UNIT = "training image with its label"
 
 SETTINGS = {
     "digits": Settings(
@@ -80,16 +80,6 @@ class Digits(NamedTuple):
     train: Split
     validation: Split
     test: Split
-
-
-class Progress(NamedTuple):
-    """What may be shown while the run goes on: no training loss, which is private."""
-
-    step: int
-    params: Params
-    log: Log
-    epsilon: float
-    accuracy: float
 
 
 class Network(nn.Module):
@@ -175,32 +165,12 @@ def mechanism_for(digits: Digits, settings: Settings, target_epsilon: float, del
     )
 
 
-def train(
-    module: Network, digits: Digits, settings: Settings, mechanism: DPSGD, delta: float, key: Key
-) -> Iterator[Progress]:
-    """Train, handing back what may be shown after each step."""
+def pair(module: Network, settings: Settings, mechanism: DPSGD) -> tuple[Any, Params]:
+    """The (init, step) of a run, whose optimizer keeps the average of the parameters, and its params."""
     loss, params = functional_loss(module, F.cross_entropy)
-    optimizer = optimizers.sgd(settings.learning_rate, momentum=settings.momentum)
-    init, step = make_train_step(loss, mechanism, optimizer)
-    state, average, log = init(params), None, Log()
-    every = max(1, settings.num_steps // 100)
-    held_out = accuracy(module, params, digits.validation)
-    for batch in poisson_batches(tuple(digits.train), key, mechanism, num_steps=settings.num_steps):
-        state, event = step(state, batch, key)
-        log = append(log, event)
-        done = int(batch.step) + 1
-        average = _averaged(average, state.params, settings.averaging)
-        if done % every == 0 or done == settings.num_steps:
-            held_out = accuracy(module, average, digits.validation)
-        spent = epsilon(log, delta=delta)
-        yield Progress(done, average, log, spent, held_out)
-
-
-def _averaged(average: Params | None, params: Params, decay: float) -> Params:
-    """An exponential moving average: post-processing, so it costs no privacy."""
-    if average is None:
-        return params
-    return {n: decay * a + (1 - decay) * params[n] for n, a in average.items()}
+    descent = optimizers.sgd(settings.learning_rate, momentum=settings.momentum)
+    optimizer = optimizers.averaged(descent, decay=settings.averaging)
+    return make_train_step(loss, mechanism, optimizer), params
 
 
 def gradient_norms(module: Network, digits: Digits, params: Params, l2_clip_norm: float) -> Tensor:
@@ -225,17 +195,16 @@ def statement_for(log: AnyLog, delta: float, seeded: bool) -> Statement:
     return Statement(
         log=log,
         delta=delta,
-        unit="training image with its label",
+        unit=UNIT,
         released="every iterate's noisy gradient, and so all parameters, in params.safetensors too",
         caveats=tuple(caveats),
     )
 
 
 def save(folder: Path, params: Params, statement: Statement) -> None:
-    """Write the log, the statement and the parameters, the log first."""
+    """Write what is released: the statement, and the parameters with it."""
     from safetensors.torch import save as to_bytes
 
-    write_log(folder / "log.jsonl", statement.log)
     replace_file(folder / "statement.txt", f"{statement}\n".encode())
     metadata = {"statement": statement.to_json()}
     replace_file(folder / "params.safetensors", to_bytes(params, metadata=metadata))

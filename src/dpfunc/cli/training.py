@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +15,72 @@ def add_to(verbs: Any) -> None:
     parser.add_argument("--epsilon", type=float, default=3.0, help="target (default 3)")
     parser.add_argument("--delta", type=float, default=1e-5, help="(default 1e-5)")
     parser.add_argument("--seed", type=int, help="reproducible, and not private")
-    parser.add_argument("--out", type=Path, default=Path("run"), help="folder (default run)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder; an unfinished run in it goes on (default run, or run-2, ... beside finished ones)",
+    )
     parser.set_defaults(verb=_train)
 
 
 def _train(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from dpfunc import digits, plots, random
+    from dpfunc.training import Saving, fit
+    from dpfunc.training.keyfile import read_key
+    from dpfunc.training.run import KEY
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out or _next_folder()
     data, settings = digits.load(options.data), digits.SETTINGS[options.data]
     mechanism = digits.mechanism_for(data, settings, options.epsilon, options.delta)
-    key = random.key(options.seed)
+    key = read_key(out / KEY) if (out / KEY).exists() else random.key(options.seed)
     module = digits.Network(data.train.images.shape[-1], settings, random.split(key)[0])
-    history: list[digits.Progress] = []
-    with tqdm(total=settings.num_steps, unit="step", desc=f"training on {options.data}") as bar:
-        try:
-            for progress in digits.train(module, data, settings, mechanism, options.delta, key):
-                history.append(progress)
-                bar.update()
-                bar.set_postfix_str(
-                    f"epsilon {progress.epsilon:.3f}, validation accuracy {progress.accuracy:.3f}"
-                )
-        except KeyboardInterrupt:
-            if not history:
-                raise
-            tqdm.write("Stopped: what ran so far is kept, and accounted.", file=sys.stderr)
-    last = history[-1]
-    statement = digits.statement_for(last.log, options.delta, seeded=options.seed is not None)
-    digits.save(options.out, last.params, statement)
-    plots.draw_run(
-        options.out / "run.PRIVATE.png",
-        steps=[progress.step for progress in history],
-        accuracy=[progress.accuracy for progress in history],
-        epsilon=[progress.epsilon for progress in history],
-        norms=digits.gradient_norms(module, data, last.params, settings.l2_clip_norm),
-        l2_clip_norm=settings.l2_clip_norm,
-        title=f"{options.data}: epsilon {last.epsilon:.3g} at delta {options.delta:g}",
+    train_step, params = digits.pair(module, settings, mechanism)
+
+    def evaluate(state: Any) -> dict[str, float]:
+        return {
+            "validation accuracy": digits.accuracy(module, state.optimizer.average, data.validation)
+        }
+
+    fitted = fit(
+        train_step,
+        params,
+        tuple(data.train),
+        mechanism,
+        key,
+        num_steps=settings.num_steps,
+        delta=options.delta,
+        evaluate=evaluate,
+        saving=Saving(folder=out, every=20, unit=digits.UNIT),
     )
-    print(f"test accuracy {digits.accuracy(module, last.params, data.test):.4f}\n")
+    if fitted.stopped == "interrupted":
+        print(
+            f"Stopped after step {int(fitted.state.step)}; the same command goes on.",
+            file=sys.stderr,
+        )
+    average = fitted.state.optimizer.average
+    statement = digits.statement_for(fitted.log, options.delta, seeded=options.seed is not None)
+    digits.save(out, average, statement)
+    plots.draw_run(
+        out / "run.PRIVATE.png",
+        steps=[int(row["step"]) for row in fitted.history],
+        accuracy=[row["validation accuracy"] for row in fitted.history],
+        epsilon=[row["epsilon"] for row in fitted.history],
+        norms=digits.gradient_norms(module, data, average, settings.l2_clip_norm),
+        l2_clip_norm=settings.l2_clip_norm,
+        title=f"{options.data}: epsilon {fitted.epsilon:.3g} at delta {options.delta:g}",
+    )
+    print(f"test accuracy {digits.accuracy(module, average, data.test):.4f}\n")
     print(statement)
-    print(f"\nwrote {', '.join(sorted(p.name for p in options.out.iterdir()))} to {options.out}/")
+    print(f"\nwrote {', '.join(sorted(p.name for p in out.iterdir()))} to {out}/")
+
+
+def _next_folder() -> Path:
+    """`run`, or the first of run-2, run-3, ... that holds no finished run."""
+    from dpfunc.accounting import read_run
+    from dpfunc.training.run import LOG
+
+    for number in count(1):
+        folder = Path("run" if number == 1 else f"run-{number}")
+        if not (folder / LOG).exists() or not read_run(folder / LOG).closed:
+            return folder
+    raise AssertionError

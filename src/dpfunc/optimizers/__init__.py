@@ -15,8 +15,8 @@ from dpfunc.optimizers.averages import (
 )
 from dpfunc.optimizers.bridges import from_torchopt, write_grads
 from dpfunc.optimizers.pair import Optimizer, apply_updates, chain
-from dpfunc.optimizers.schedules import (
-    Schedule,
+from dpfunc.optimizers.rates import (
+    LearningRate,
     constant,
     cosine_decay,
     exponential_decay,
@@ -29,9 +29,9 @@ __all__ = [
     "AveragedState",
     "DiSKState",
     "EMAState",
+    "LearningRate",
     "Optimizer",
     "SGDState",
-    "Schedule",
     "adam",
     "adam_bc",
     "adamw",

@@ -11,7 +11,7 @@ from dpfunc import _checks, trees
 from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.noise import released_variance
 from dpfunc.optimizers.pair import Optimizer, begin, raised
-from dpfunc.optimizers.schedules import Schedule, as_schedule
+from dpfunc.optimizers.rates import LearningRate, as_rate
 from dpfunc.typing import Params, Tree
 
 
@@ -24,7 +24,7 @@ class AdamState(NamedTuple):
 
 
 def adam(
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: float | Tensor | LearningRate,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -56,7 +56,7 @@ def adam(
 
 
 def adamw(
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: float | Tensor | LearningRate,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -90,7 +90,7 @@ def adamw(
 
 
 def adam_bc(
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: float | Tensor | LearningRate,
     mechanism: DPSGD,
     *,
     b1: float = 0.9,
@@ -137,14 +137,14 @@ def adam_bc(
 
 
 def _adam(
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: float | Tensor | LearningRate,
     b1: float,
     b2: float,
     divisor: Callable[[Tensor], Tensor],
     weight_decay: float,
 ) -> Optimizer:
     """The moments without their bias, the first over a function of the second."""
-    schedule = as_schedule(learning_rate)
+    schedule = as_rate(learning_rate)
     for name, decay in {"b1": b1, "b2": b2}.items():
         if _checks.probability(**{name: decay}) == 1.0:
             raise ValueError(f"Expected 0 <= {name} < 1, got {decay!r}.")

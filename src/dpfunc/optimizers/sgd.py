@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpfunc import _checks, trees
 from dpfunc.optimizers.pair import Optimizer, begin, raised
-from dpfunc.optimizers.schedules import Schedule, as_schedule
+from dpfunc.optimizers.rates import LearningRate, as_rate
 from dpfunc.typing import Params, Tree
 
 
@@ -20,7 +20,7 @@ class SGDState(NamedTuple):
 
 
 def sgd(
-    learning_rate: float | Tensor | Schedule,
+    learning_rate: float | Tensor | LearningRate,
     *,
     momentum: float = 0.0,
     nesterov: bool = False,
@@ -49,7 +49,7 @@ def sgd(
     >>> optimizer.update(torch.ones(2), optimizer.init(torch.zeros(2)), torch.zeros(2))[0]
     tensor([-0.5000, -0.5000])
     """
-    schedule = as_schedule(learning_rate)
+    schedule = as_rate(learning_rate)
     momentum = _checks.probability(momentum=momentum)
     weight_decay = _checks.finite_non_negative(weight_decay=weight_decay)
     if nesterov and momentum == 0.0:

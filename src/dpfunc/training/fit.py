@@ -133,7 +133,7 @@ def fit(
                 run.after(done)
                 now = int(done.state.step)
                 if evaluate is not None and (now % every == 0 or now == num_steps):
-                    run.evaluated(now, evaluate(done.state))
+                    run.evaluated(evaluate(done.state), epsilon(run.ran, delta=delta))
                 show(run)
                 if interrupts:
                     break

@@ -92,9 +92,10 @@ class Run:
         self.state, self.ran = done.state, append(self.ran, done.event)
         self.metrics = {**self.metrics, **done.metrics}
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluated(self, metrics: dict[str, float], epsilon: float) -> None:
         self.metrics = {**self.metrics, **{name: float(v) for name, v in metrics.items()}}
-        self.history.append({"step": step, **self.metrics})
+        row = {"step": int(self.state.step), "epsilon": epsilon, **self.metrics}
+        self.history.append(row)
 
     def checkpoint(self) -> None:
         """What was declared and has not run never will, in memory."""
@@ -121,7 +122,8 @@ class SavedRun(Run):
         self.file, self.attempt, self.about = file, attempt, about
         self.path = Path(saving.folder) / CHECKPOINT
         self.history = history
-        self.metrics = {n: v for n, v in (history[-1] if history else {}).items() if n != "step"}
+        last = history[-1] if history else {}
+        self.metrics = {n: v for n, v in last.items() if n not in ("step", "epsilon")}
         self._read()
         others = [a.log for number, a in file.run.attempts.items() if number != attempt]
         mine = file.run.attempts.get(attempt)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dpfunc import _checks
 
-Schedule: TypeAlias = Callable[[Tensor], Tensor]
+LearningRate: TypeAlias = Callable[[Tensor], Tensor]
 """`schedule(step) -> rate`; step a 0-d int64 tensor, 0 at the first update; rate a 0-d tensor."""
 
 
-def constant(rate: float) -> Schedule:
+def constant(rate: float) -> LearningRate:
     """The same rate at every step: what a plain number means.
 
     >>> constant(0.1)(torch.tensor(7))
@@ -29,7 +29,7 @@ def constant(rate: float) -> Schedule:
     return lambda step: torch.full_like(step, number, dtype=torch.float64)
 
 
-def exponential_decay(initial: float, *, decay: float) -> Schedule:
+def exponential_decay(initial: float, *, decay: float) -> LearningRate:
     """`initial * decay**step`.
 
     Args:
@@ -48,7 +48,7 @@ def exponential_decay(initial: float, *, decay: float) -> Schedule:
     return step_decay(initial, decay=decay, every=1)
 
 
-def step_decay(initial: float, *, decay: float, every: int) -> Schedule:
+def step_decay(initial: float, *, decay: float, every: int) -> LearningRate:
     """`initial * decay**(step // every)`.
 
     Args:
@@ -74,7 +74,7 @@ def step_decay(initial: float, *, decay: float, every: int) -> Schedule:
 
 def cosine_decay(
     peak: float, *, num_steps: int, num_warmup_steps: int = 0, final: float = 0.0
-) -> Schedule:
+) -> LearningRate:
     """Rise in a line to `peak`, then fall along half a cosine to `final`, and stay there.
 
     Args:
@@ -113,7 +113,7 @@ def cosine_decay(
     return schedule
 
 
-def as_schedule(learning_rate: float | Tensor | Schedule) -> Schedule:
+def as_rate(learning_rate: float | Tensor | LearningRate) -> LearningRate:
     """A number, a 0-d tensor (to map over with vmap) or a schedule, as a schedule."""
     if isinstance(learning_rate, Tensor):
         rate = _checked(learning_rate, "learning_rate")
