@@ -86,7 +86,10 @@ def test_an_upward_or_sideways_import_is_seen(source):
 )
 def test_accounting_and_the_command_line_import_no_torch_and_little_of_scipy(code):
     code += "\nimport sys"
-    for name in ("torch", "scipy.optimize", "scipy.interpolate", "scipy.fft", "matplotlib"):
+    unwanted = ["torch", "scipy.optimize", "scipy.interpolate", "scipy.fft", "matplotlib"]
+    if "calibrate'" not in code:  # which takes its first guess from closed forms
+        unwanted.append("scipy.special")
+    for name in unwanted:
         code += f"\nassert {name!r} not in sys.modules, '{name} was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
 

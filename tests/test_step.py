@@ -11,6 +11,7 @@ from torch import nn
 from dpfunc import (
     DPSGD,
     Batch,
+    ClipFraction,
     StepEvent,
     append,
     clip_and_noise,
@@ -231,17 +232,27 @@ def test_one_run_key_passed_to_everything_never_draws_a_word_twice(monkeypatch):
     monkeypatch.setattr(cpu, "_encryptor", spying)
     module, _ = cnn()
     keyed_loss, params = functional_loss(module, F.cross_entropy, has_key=True)
-    dp_step = make_dp_step(keyed_loss, MECHANISM, descend, has_key=True)
-    data = (torch.zeros(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
-    for batch in poisson_batches(data, KEY, MECHANISM, num_steps=4, pad_to_multiple_of=4):
-        params, _ = dp_step(params, batch, KEY)
+    asked = ClipFraction(noise_multiplier=3.0, name=next(iter(params)))  # also a parameter's name
+    mechanism = replace(MECHANISM, telemetry=(asked,))
+    init, step = make_train_step(keyed_loss, mechanism, optimizers.sgd(0.5), has_key=True)
+    state, data = init(params), (torch.zeros(40, 1, 8, 8), torch.zeros(40, dtype=torch.int64))
+    for batch in poisson_batches(data, KEY, mechanism, num_steps=4, pad_to_multiple_of=4):
+        state, _ = step(state, batch, KEY)
     streams = {name: n for name, n in seen.items() if name[1] == bytes(12)}
     derivations = {name: n for name, n in seen.items() if name[1] != bytes(12)}
     assert len(streams) > 4 * (len(params) + 16)  # noise of each leaf, dropout of each example
     assert max(streams.values()) == 1
     assert max(derivations.values()) == 1
     tags = Counter(int.from_bytes(nonce[:4], "little") for _, nonce, _ in derivations)
-    assert set(tags) == {1, random.SAMPLING, random.NOISE, random.LEAF, random.LOSS, random.DROPOUT}
+    assert set(tags) == {
+        1,
+        random.SAMPLING,
+        random.NOISE,
+        random.LEAF,
+        random.LOSS,
+        random.DROPOUT,
+        random.TELEMETRY,
+    }
 
 
 def test_a_train_step_equals_the_step_with_plain_descent():

@@ -1,6 +1,6 @@
 """From a log of what ran to (epsilon, delta): pure functions, numpy and scipy, no torch.
 
-scipy's optimize, interpolate and fft take longer to import than most answers: they load where they are used.
+Parts of scipy take longer to import than most answers: `scipy.special` and the others load on first use.
 """
 
 from dpfunc.accounting.calibration import (

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import xlog1py, xlogy
 
 from dpfunc.accounting import moments
 from dpfunc.accounting.characteristic import decay, log_characteristic
@@ -172,7 +171,8 @@ def _log(value: float) -> float:
 
 def _best_constant(lambdas: Array) -> Array:
     """log of the least c with (1 - e^-x)_+ <= c e^(lambda x): delta <= c E[e^(lambda (L - epsilon))]."""
-    return xlogy(lambdas, lambdas) - xlog1py(1 + lambdas, lambdas)
+    logs = np.log(np.maximum(lambdas, np.finfo(float).tiny))  # 0 log 0 is 0
+    return lambdas * logs - (1 + lambdas) * np.log1p(lambdas)
 
 
 def _row(steps: Steps, thetas: Array) -> Row:

@@ -21,8 +21,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import erf, erfcx, exprel, log_ndtr, ndtri
 
 from dpfunc.events import AnyLog, Kind, Log
 
@@ -126,15 +126,15 @@ def gaussian_epsilon(mu: ArrayLike, delta: ArrayLike) -> Any:
         raise ValueError(f"Expected mu >= 0, got {mu.min()}.")
     if not ((delta > 0) & (delta < 1)).all():
         raise ValueError(f"Expected 0 < delta < 1, got {delta}.")
-    zero = erf(mu / math.sqrt(8)) <= delta
+    zero = scipy.special.erf(mu / math.sqrt(8)) <= delta
     solved = zero | np.isinf(mu)
     m, target = mu[~solved], np.log(delta[~solved])
     with np.errstate(all="ignore"):
         # delta < Phi(-a), so the root is below the epsilon at which Phi(-a) = delta.
-        root = np.maximum(m * (m / 2 - ndtri(delta[~solved])), 0.0)
+        root = np.maximum(m * (m / 2 - scipy.special.ndtri(delta[~solved])), 0.0)
         for _ in range(100):
             log_delta = _log_delta(m, root)
-            log_slope = root + log_ndtr(-(root / m + m / 2)) - log_delta
+            log_slope = root + scipy.special.log_ndtr(-(root / m + m / 2)) - log_delta
             step = (log_delta - target) * np.exp(-log_slope)
             # Beyond mu = 1e15 one unit in epsilon's last place is more than all of a's range.
             root = np.maximum(root + np.where(np.isfinite(step), step, 0.0), 0.0)
@@ -237,7 +237,7 @@ def _log_delta(mu: NDArray[np.float64], epsilon: NDArray[np.float64]) -> NDArray
     near = 2 * mills_b > mills_a
     tail = log_phi + np.log(np.where(near, integral, mills_a - mills_b))
     # Where a is far below 0 its Mills ratio is huge and delta is close to 1.
-    body = np.log1p(-(np.exp(log_ndtr(a)) + np.exp(log_phi) * mills_b))
+    body = np.log1p(-(np.exp(scipy.special.log_ndtr(a)) + np.exp(log_phi) * mills_b))
     return np.where((a < -1) & ~near, body, tail)
 
 
@@ -253,7 +253,7 @@ def _lower(mu: NDArray[np.float64], epsilon: NDArray[np.float64]) -> NDArray[np.
 
 
 def _mills(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return math.sqrt(math.pi / 2) * erfcx(x / math.sqrt(2))
+    return math.sqrt(math.pi / 2) * scipy.special.erfcx(x / math.sqrt(2))
 
 
 def _minus_slope(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -269,7 +269,7 @@ def _one_sampled(noise: NDArray[np.float64], prob: NDArray[np.float64]) -> NDArr
     """prob * sqrt(exp(1 / noise^2) - 1)."""
     inverse = 1.0 / noise
     square = inverse * inverse
-    little = prob * inverse * np.sqrt(exprel(square))
+    little = prob * inverse * np.sqrt(scipy.special.exprel(square))
     much = prob * np.exp(square / 2) * np.sqrt(-np.expm1(-square))
     return np.where(square < 1, little, much)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 Array = NDArray[np.float64]
 
@@ -114,13 +114,15 @@ def _log(value: float) -> float:
 
 def _mixture(weights: tuple[float, ...], x: Array, noise: float) -> Array:
     """Masses between neighbouring x of sum over j of weights[j] N(j / noise, 1)."""
-    total = np.zeros(len(x) - 1)
+    total, ndtr = np.zeros(len(x) - 1), scipy.special.ndtr
     for shift, weight in enumerate(weights):
         if weight:
             y = x - shift / noise
             # Of the two tails, the difference of the smaller loses fewer digits.
             total += weight * np.where(
-                y[:-1] > 0, ndtr(-y[:-1]) - ndtr(-y[1:]), ndtr(y[1:]) - ndtr(y[:-1])
+                y[:-1] > 0,
+                ndtr(-y[:-1]) - ndtr(-y[1:]),
+                ndtr(y[1:]) - ndtr(y[:-1]),
             )
     return np.maximum(total, 0.0)
 

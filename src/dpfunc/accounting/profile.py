@@ -17,8 +17,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import erfinv, ndtr, ndtri
 
 from dpfunc import _checks
 from dpfunc.accounting.gdp import gaussian_delta, log_gaussian_delta
@@ -269,7 +269,7 @@ def gaussian_mu(epsilon: ArrayLike, delta: ArrayLike) -> Any:
     def falls_short(mu: Array) -> NDArray[np.bool_]:
         return log_gaussian_delta(mu, e) < log_delta
 
-    low = math.sqrt(8) * erfinv(delta[~solved]) * (1 - 1e-15)
+    low = math.sqrt(8) * scipy.special.erfinv(delta[~solved]) * (1 - 1e-15)
     high = low * (1 + 4e-15)
     while (short := falls_short(high)).any():
         low, high = np.where(short, [high, np.maximum(2 * high, np.sqrt(e))], [low, high])
@@ -309,9 +309,9 @@ def _points(log: Log, least: float) -> tuple[Array, Array]:
 
 def _between(least: float, most: float) -> Array:
     """Deltas from least up to most, but not most itself, in equal steps of the normal quantile."""
-    low, high = ndtri(least), ndtri(min(most, _NEAR_ONE))
+    low, high = scipy.special.ndtri(least), scipy.special.ndtri(min(most, _NEAR_ONE))
     count = math.ceil((high - low) / _STEP) if most > least else 0
-    return ndtr(np.linspace(low, high, count, endpoint=False))
+    return scipy.special.ndtr(np.linspace(low, high, count, endpoint=False))
 
 
 def _touching(epsilon: Array, delta: Array, rates: Array) -> Array:
@@ -320,7 +320,7 @@ def _touching(epsilon: Array, delta: Array, rates: Array) -> Array:
         return np.zeros(0)
     from scipy.interpolate import CubicSpline
 
-    curve = CubicSpline(epsilon, ndtri(np.minimum(delta, _NEAR_ONE)))
+    curve = CubicSpline(epsilon, scipy.special.ndtri(np.minimum(delta, _NEAR_ONE)))
     parts = np.linspace(0, 1, 16, endpoint=False)
     fine = np.append((epsilon[:-1, None] + np.diff(epsilon)[:, None] * parts).ravel(), epsilon[-1])
     u = curve(fine)
@@ -328,7 +328,9 @@ def _touching(epsilon: Array, delta: Array, rates: Array) -> Array:
     # -delta'(epsilon) / e^epsilon and 1 - delta + delta'(epsilon).
     log_fall = -(u**2) / 2 - _LOG_ROOT_2PI + np.log(np.maximum(-curve(fine, 1), 1e-300))
     log_rate = np.minimum.accumulate(log_fall - fine)[::-1]
-    log_caught = np.minimum.accumulate(np.log(np.minimum(ndtr(u) + np.exp(log_fall), 1.0)))[::-1]
+    log_caught = np.minimum.accumulate(
+        np.log(np.minimum(scipy.special.ndtr(u) + np.exp(log_fall), 1.0))
+    )[::-1]
     near_zero = np.interp(np.log(rates), log_rate, fine[::-1])
     near_one = np.interp(np.log1p(-rates), log_caught, fine[::-1])
     return np.where(np.log(rates) < log_rate[-1], near_zero, near_one)

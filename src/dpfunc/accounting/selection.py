@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaln, exprel, gammaln
 
 from dpfunc import _checks
 from dpfunc.accounting.rdp import ORDERS, _best, _total, rdp_delta
@@ -97,7 +97,7 @@ class Repeats:
             raise ValueError(f"Expected runs to be whole numbers >= 0, got {runs!r}.")
         if math.isinf(self.shape):
             log_mean = math.log(self.expected_runs)
-            return np.exp(k * log_mean - self.expected_runs - gammaln(k + 1))[()]
+            return np.exp(k * log_mean - self.expected_runs - scipy.special.gammaln(k + 1))[()]
         if self.expected_runs == 1.0:
             return np.where(k == 1, 1.0, 0.0)[()]
         rate = _log_inverse_stop_prob(self)
@@ -107,7 +107,7 @@ class Repeats:
             log_probability = some * log_go_on - np.log(some) - math.log(rate)
         else:
             scaled = self.shape * rate
-            norm = scaled + math.log(-math.expm1(-scaled)) + betaln(some, self.shape)
+            norm = scaled + math.log(-math.expm1(-scaled)) + scipy.special.betaln(some, self.shape)
             log_probability = some * log_go_on - np.log(some) - norm
         return np.where(k > 0, np.exp(log_probability), 0.0)[()]
 
@@ -258,7 +258,11 @@ def _log_inverse_stop_prob(repeats: Repeats) -> float:
     from scipy.optimize import brentq
 
     def excess(rate: float) -> float:
-        return math.log(exprel(rate)) - math.log(exprel(-shape * rate)) - math.log(runs)
+        return (
+            math.log(scipy.special.exprel(rate))
+            - math.log(scipy.special.exprel(-shape * rate))
+            - math.log(runs)
+        )
 
     # The mean rises with the shape, and with shape 0 it is exprel(rate) > e^(rate / 2).
     return float(brentq(excess, 0.0, 2 * math.log(runs), xtol=1e-300, rtol=1e-14))  # pyright: ignore[reportArgumentType]

@@ -19,7 +19,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import entr
+import scipy
 
 from dpfunc.accounting.laplace import Atoms
 from dpfunc.accounting.pairs import Array, Pair
@@ -176,7 +176,11 @@ def _rounding(p: Array, q: Array, losses: Array, slope: Array, spare: float) -> 
     infinity does it, and where the error is below `spare`, the composition adds that.
     """
     p_tail, q_tail = tails(p)[: len(losses)], tails(q)[: len(losses)]
-    error = 32 * p_tail + 4 * entr(p_tail) + _times_exp(32 * q_tail + 4 * entr(q_tail), losses)
+    error = (
+        32 * p_tail
+        + 4 * scipy.special.entr(p_tail)
+        + _times_exp(32 * q_tail + 4 * scipy.special.entr(q_tail), losses)
+    )
     error = np.where(ULP * error > spare, ULP * error, 0.0)
     flat = slope < 1e-250
     shift = (error[~flat] / slope[~flat]).max(initial=0.0)
