@@ -19,7 +19,7 @@ FLOORS = {
     3: {"sampling", "gradients", "noise", "accounting"},
     4: {"optimizers", "models", "telemetry"},
     5: {"step"},
-    6: {"training", "digits", "plots"},
+    6: {"audit", "training", "digits", "plots"},
     7: {"cli", "testing"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
