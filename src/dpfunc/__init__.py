@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dpfunc import accounting, models, optimizers, random, schedules, testing
+    from dpfunc import accounting, audit, models, optimizers, random, schedules, testing
     from dpfunc.accounting import (
         Header,
         LogFile,
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
         trade_off,
         verify_log,
         write_log,
+    )
+    from dpfunc.audit import (
+        AuditReport,
+        audit_step,
     )
     from dpfunc.events import (
         Log,
@@ -125,6 +129,7 @@ _ROOMS = {
         "posterior_odds privacy_profile read_log read_run remaining selection_epsilon trade_off "
         "verify_log write_log"
     ),
+    "audit": "AuditReport audit_step",
     "events": "Log StepEvent append combined_noise_multiplier noise_multiplier_beside",
     "gradients": (
         "AutomaticClipping Clipped ClippedWithAux CustomClipping Explanation FlatClipping "
@@ -144,13 +149,14 @@ _ROOMS = {
     "typing": "ClippingRule Observed Query",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
-_MODULES = ("accounting", "models", "optimizers", "random", "schedules", "testing")
+_MODULES = ("accounting", "audit", "models", "optimizers", "random", "schedules", "testing")
 
 __all__ = [
     "DPSGD",
     "Accumulated",
     "Accumulator",
     "AdaptiveClipping",
+    "AuditReport",
     "AutomaticClipping",
     "Batch",
     "Checkpoint",
@@ -189,6 +195,8 @@ __all__ = [
     "accounting",
     "append",
     "attack_advantage",
+    "audit",
+    "audit_step",
     "average_over_augmentations",
     "calibrate_noise_multiplier",
     "calibrate_num_steps",

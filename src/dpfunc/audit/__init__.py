@@ -19,7 +19,8 @@ from dpfunc.audit.families import (
     gaussian_family,
     noise_family,
 )
-from dpfunc.audit.one_run import one_run, one_run_curve, one_run_p_value, one_run_refutes
+from dpfunc.audit.onerun import one_run, one_run_curve, one_run_p_value, one_run_refutes
+from dpfunc.audit.picture import draw_audit
 from dpfunc.audit.replicas import Observations
 from dpfunc.audit.report import ESTIMATORS, AuditReport, audit_step
 from dpfunc.audit.scores import (
@@ -43,6 +44,7 @@ __all__ = [
     "audit_step",
     "blank",
     "clopper_pearson",
+    "draw_audit",
     "every_leaf",
     "example_canaries",
     "gaussian_family",

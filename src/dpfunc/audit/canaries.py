@@ -150,10 +150,10 @@ def gradient_canaries(data: Tree, coordinates: Tensor, *, scale: float) -> Canar
     scale = _checks.positive("A canary of scale 0 would have no gradient.", scale=scale)
     if not isinstance(coordinates, Tensor) or coordinates.dtype != torch.int64:
         raise TypeError("Expected coordinates to be an int64 tensor (m, k) or (m,).")
-    places = coordinates.reshape(len(coordinates), -1)
-    if places.numel() == 0 or bool((places < 0).any()):
+    places = coordinates.unsqueeze(1) if coordinates.ndim == 1 else coordinates
+    if places.ndim != 2 or places.numel() == 0 or bool((places < 0).any()):
         raise ValueError(
-            f"Expected at least one canary with coordinates >= 0, got shape {tuple(coordinates.shape)}."
+            f"Expected at least one canary, (m, k) coordinates >= 0, got shape {tuple(coordinates.shape)}."
         )
     num, width = places.shape
     copies = trees.map(lambda leaf: leaf[:1].expand(num, *leaf.shape[1:]), data)

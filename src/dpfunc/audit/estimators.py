@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
 from scipy.special import betaincinv
 from scipy.stats import nct
 
@@ -232,10 +233,13 @@ def scores(**named: Any) -> Array:
 
 def _centre_below(t: float, freedom: int, confidence: float) -> float:
     """The noncentrality at which a t as large as this has probability 1 - confidence; at least 0."""
-    low, high = 0.0, max(t, 0.0) + 1.0
-    if nct.sf(t, freedom, 0.0) >= 1 - confidence:
+
+    def excess(centre: float) -> float:
+        return float(nct.sf(t, freedom, centre)) - (1 - confidence)
+
+    if excess(0.0) >= 0:
         return 0.0
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if nct.sf(t, freedom, middle) < 1 - confidence else (low, middle)
-    return low
+    high = t + 10.0  # there a larger t is all but certain, unless the confidence asks for more
+    while excess(high) <= 0:
+        high = 2 * high
+    return float(brentq(excess, 0.0, high, xtol=1e-9))

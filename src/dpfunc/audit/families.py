@@ -86,7 +86,7 @@ def noise_family(log: AnyLog) -> Family:
 
     def points(strength: float) -> Points:
         # Tangents at deltas in equal steps of their logarithm: any choice holds, this one is cheap.
-        deltas = advantage(strength) * np.geomspace(1.0, 1e-8, 33)[1:]
+        deltas = advantage(strength) * np.geomspace(1.0, 1e-8, 21)[1:]
         touch = [epsilon_bounds(louder(strength), delta=float(d))[1] for d in deltas if d > 0]
         return Points(np.array([0.0, *touch]), np.array([advantage(strength), *deltas[deltas > 0]]))
 
@@ -102,16 +102,16 @@ def noise_family(log: AnyLog) -> Family:
 
 
 def strongest_refuted(refuted: Callable[[float], bool]) -> float:
-    """The greatest strength that is refuted, to 1 in 1000 from below; 0 where none is.
+    """The greatest strength that is refuted, to 2 in 1000 from below; 0 where none is.
 
-    Refuted strengths lie below those that are not. Looked for in [2**-10, 2**6], from 1 outwards: far
-    from what ran an accountant is slow.
+    Refuted strengths lie below those that are not. Looked for in [2**-10, 4], from 1 outwards: far
+    from what ran an accountant is slow, and that it is far is then the finding.
     """
     place = 0.0  # in powers of two
     if refuted(1.0):
-        while place < 6.0 and refuted(2.0 ** (place + 1.0)):
+        while place < 2.0 and refuted(2.0 ** (place + 1.0)):
             place += 1.0
-        if place == 6.0:
+        if place == 2.0:
             return 2.0**place
     else:
         while place > -10.0 and not refuted(2.0 ** (place - 1.0)):
@@ -120,7 +120,7 @@ def strongest_refuted(refuted: Callable[[float], bool]) -> float:
             return 0.0
         place -= 1.0
     low, high = place, place + 1.0
-    while high - low > 1e-3:
+    while high - low > 2e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(2.0**middle) else (low, middle)
     return 2.0**low

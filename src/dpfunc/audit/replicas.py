@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpfunc import random, trees
-from dpfunc.audit.canaries import Canaries, Marked, flat, marked_data, marked_loss
+from dpfunc.audit.canaries import Canaries, Marked, flat, marked_data
 from dpfunc.events import Log, append
 from dpfunc.sampling import Batch
 from dpfunc.typing import Key, Loss, Params, Tree
@@ -26,16 +27,19 @@ class Observations(NamedTuple):
     projections: NDArray[np.float64]
     """(R, T, m): how far step t moved the parameters against each canary's watched direction."""
     losses: NDArray[np.float64]
-    """(R, m): the canaries' losses at the last parameters."""
+    """(R, m): the canaries' losses at the last parameters; NaN for gradient canaries."""
     coins: NDArray[np.bool_]
     """(R, m): whether the canary was in the data of the run."""
 
     def runs(self, begin: int, end: int | None) -> Observations:
-        return Observations(*(field[begin:end] for field in self))
+        """Some of the runs."""
+        return Observations(
+            self.projections[begin:end], self.losses[begin:end], self.coins[begin:end]
+        )
 
 
 def observe(
-    make_step: Callable[[Loss], Callable[..., Any]],
+    step: Callable[..., Any],
     loss: Loss,
     params: Params,
     data: Tree,
@@ -48,58 +52,58 @@ def observe(
     replicas_at_once: int,
     progress: bool = False,
 ) -> tuple[Observations, Log]:
-    """Run the step on data with canaries, and watch the released parameters.
+    """Run a step for a marked loss on data with canaries, and watch the released parameters.
 
     Each run has a key of its own, which its sampler and its step share, as in a user's loop. The
     coins come from another key. See `audit_step` for the arguments.
     """
-    wrapped = marked_loss(loss)
-    step = make_step(wrapped)
-    if not callable(step):
-        raise TypeError(
-            f"Expected make_step(loss) to return a step, got {type(step).__name__}. "
-            "For example lambda loss: dpfunc.make_dp_step(loss, mechanism, update)."
-        )
     coin_key, run_key = random.split(key.cpu(), 2)
-    num_canaries = len(canaries.watched)
-    coins = random.bits(coin_key, (num_replicas, num_canaries)) % 2 == 1
+    coins = random.bits(coin_key, (num_replicas, len(canaries.watched))) % 2 == 1
     keys = random.split(run_key, num_replicas)
     rows = trees.map(
         lambda own, other: torch.cat([own, other.to(own)]),
         marked_data(data, canaries.examples.coordinates.shape[1]),
         canaries.examples,
     )
-    num_data = trees.batch_size(data, "data")
-    events: list[Any] = []
-    parts = []
-    bar = _bar(progress, num_replicas * num_steps)
-    for begin in range(0, num_replicas, replicas_at_once):
-        mine = slice(begin, begin + replicas_at_once)
-        present = [
-            torch.cat([torch.arange(num_data), num_data + coin.nonzero()[:, 0]])
-            for coin in coins[mine]
-        ]
-        state = _copies(params, len(present))
-        moves = []
-        for t in range(num_steps):
-            drawn = [
-                own[draw(len(own), k, t).cpu()] for own, k in zip(present, keys[mine], strict=True)
-            ]
-            stepped, event = _step(step, state, _batch(rows, drawn, t), keys[mine])
-            moved = flat(state, 1).double() - flat(stepped, 1).double()
-            moves.append((moved[:, canaries.watched] * canaries.weights).sum(-1))
-            state = stepped
-            if begin == 0:
-                events.append(event)
-            bar(len(present))
-        parts.append((torch.stack(moves, 1), _losses(wrapped, state, canaries.examples)))
+    parts, logs = [], []
+    with _bar(progress, num_replicas * num_steps) as bar:
+        for begin in range(0, num_replicas, replicas_at_once):
+            mine = slice(begin, begin + replicas_at_once)
+            state, moves, log = _run(
+                step, params, rows, canaries, coins[mine], keys[mine], draw, num_steps, bar
+            )
+            parts.append((moves, _losses(loss, state, canaries.examples)))
+            logs.append(log)
     projections, losses = (
         torch.cat(part).cpu().double().numpy() for part in zip(*parts, strict=True)
     )
-    log = Log()
-    for event in events:
-        log = append(log, event)
-    return Observations(projections, losses, coins.numpy()), log
+    return Observations(projections, losses, coins.numpy()), logs[0]
+
+
+def _run(
+    step: Callable[..., Any],
+    params: Params,
+    rows: Marked,
+    canaries: Canaries,
+    coins: Tensor,
+    keys: Tensor,
+    draw: Draw,
+    num_steps: int,
+    bar: Callable[[int], Any],
+) -> tuple[Params, Tensor, Log]:
+    """Some runs together: the last parameters, (R, T, m) projections, and the log of one."""
+    num_data = len(rows.scale) - coins.shape[1]
+    # A canary that is out is not there: the sampler of such a run sees fewer examples.
+    present = [torch.cat([torch.arange(num_data), num_data + c.nonzero()[:, 0]]) for c in coins]
+    state, moves, log = _copies(params, len(present)), [], Log()
+    for t in range(num_steps):
+        drawn = [own[draw(len(own), k, t).cpu()] for own, k in zip(present, keys, strict=True)]
+        stepped, event = _step(step, state, _batch(rows, drawn, t), keys)
+        moved = flat(state, 1).double() - flat(stepped, 1).double()
+        moves.append((moved[:, canaries.watched] * canaries.weights).sum(-1))
+        state, log = stepped, append(log, event)
+        bar(len(present))
+    return state, torch.stack(moves, 1), log
 
 
 def _copies(params: Params, num: int) -> Params:
@@ -143,14 +147,20 @@ def _step(step: Callable[..., Any], state: Params, batch: Batch, keys: Tensor) -
 
 
 def _losses(loss: Loss, state: Params, examples: Marked) -> Tensor:
+    """(R, m) losses of the canaries that have the user's loss; that of the others says nothing new."""
+    runs = len(trees.leaves(state)[0])
+    if bool((examples.scale > 0).all()):
+        return torch.full((runs, len(examples.scale)), torch.nan)
     with torch.no_grad():
-        each = torch.vmap(torch.vmap(loss, (None, 0)), (0, None))
-        return each(state, examples)
+        return torch.vmap(torch.vmap(loss, (None, 0)), (0, None))(state, examples.data)
 
 
-def _bar(progress: bool, total: int) -> Callable[[int], Any]:
+@contextmanager
+def _bar(progress: bool, total: int) -> Iterator[Callable[[int], Any]]:
     if not progress:
-        return lambda done: None
+        yield lambda done: None
+        return
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="step", desc="auditing").update
+    with tqdm(total=total, unit="step", desc="auditing") as bar:
+        yield bar.update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from dpfunc import _checks, random
 from dpfunc.accounting import epsilon as accounted_epsilon
-from dpfunc.audit.canaries import Canaries, gradient_canaries, quiet_coordinates
+from dpfunc.audit.canaries import Canaries, gradient_canaries, marked_loss, quiet_coordinates
 from dpfunc.audit.estimators import clopper_pearson, gaussian_fit, independent_runs
 from dpfunc.audit.families import noise_family
-from dpfunc.audit.one_run import one_run, one_run_curve
+from dpfunc.audit.onerun import one_run, one_run_curve
 from dpfunc.audit.replicas import Draw, Observations, observe
 from dpfunc.audit.scores import Score, likelihood_ratio
 from dpfunc.events import Log
@@ -39,7 +40,7 @@ ESTIMATORS = {
 class AuditReport:
     """What an audit found. PRIVATE where the data are: it ran on them many times.
 
-    `print` it for the sentence, `dpfunc.plots.draw_audit(path, report)` for the picture.
+    `print` it for the sentence, `dpfunc.audit.draw_audit(path, report)` for the picture.
     """
 
     lower: float
@@ -135,9 +136,9 @@ def audit_step(
         AuditReport: `lower`, `epsilon`, `refuted`, the sentence by `str`, and the scores.
 
     Guarantees:
-        If the step keeps what its events claim, `lower` is above `epsilon` with probability at most
-        1 - confidence, whatever the data, canaries and score are. (For "gaussian_fit" under its
-        assumption alone.)
+        If the step keeps what its events claim, and runs under different keys are independent, `lower`
+        is above `epsilon` with probability at most 1 - confidence, whatever the data, canaries and
+        score are. (For "gaussian_fit" under its assumption alone.)
         A function of its arguments: the same key gives the same report.
         The coins are independent of all that sampler and step draw.
 
@@ -186,8 +187,14 @@ def audit_step(
             f"Expected canaries=1 for 'clopper_pearson', got {len(canaries.watched)}: the canaries of "
             "one run need not be independent."
         )
+    step = make_step(marked_loss(loss))
+    if not callable(step):
+        raise TypeError(
+            f"Expected make_step(loss) to return a step, got {type(step).__name__}. "
+            "For example lambda loss: dpfunc.make_dp_step(loss, mechanism, update)."
+        )
     everything, log = observe(
-        make_step,
+        step,
         loss,
         params,
         data,
@@ -231,12 +238,13 @@ def _lower(
     if estimator == "independent_runs":
         accuracies = (guesses == coins).mean(1)
         return independent_runs(accuracies, noise_family(log), delta=delta, confidence=confidence)
-    sides, certain = (scores[coins], scores[~coins]), {"delta": delta, "confidence": confidence}
-    if estimator == "one_run_curve":
-        return one_run_curve(*sides, **certain, family=noise_family(log))
-    return {"one_run": one_run, "clopper_pearson": clopper_pearson, "gaussian_fit": gaussian_fit}[
-        estimator
-    ](*sides, **certain)
+    bound = {
+        "one_run": one_run,
+        "one_run_curve": partial(one_run_curve, family=noise_family(log)),
+        "clopper_pearson": clopper_pearson,
+        "gaussian_fit": gaussian_fit,
+    }[estimator]
+    return bound(scores[coins], scores[~coins], delta=delta, confidence=confidence)
 
 
 def _sampler(mechanism: DPSGD) -> Draw:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from dpfunc import _checks
 from dpfunc.audit.replicas import Observations
 
 Array = NDArray[np.float64]
@@ -52,7 +53,12 @@ def likelihood_ratio(sampling_prob: float) -> Score:
 
     Returns:
         A score.
+
+    Raises:
+        ValueError: sampling_prob is 0 or out of range.
     """
+    if _checks.probability(sampling_prob=sampling_prob) == 0.0:
+        raise ValueError("Expected sampling_prob above 0: at 0 no canary is ever in a batch.")
 
     def score(shadows: Observations, observed: Observations) -> Array:
         coins = shadows.coins[:, None, :]

@@ -22,8 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
-from scipy.stats import binom
+from scipy.special import bdtr, bdtrc, expit
 
 from dpfunc import _checks
 from dpfunc.audit.estimators import scores
@@ -63,11 +62,12 @@ def one_run_p_value(
     epsilon = _checks.finite_non_negative(epsilon=epsilon)
     delta = _checks.probability(delta=delta)
     right = expit(epsilon)
-    tail = float(binom.sf(correct - 1, num_guesses, right))
-    if delta == 0.0 or correct == 0:
-        return min(tail, 1.0)
-    just_below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), num_guesses, right))
-    slope = float((just_below / np.arange(1, correct + 1)).max())
+    if correct == 0:
+        return 1.0
+    tail = float(bdtrc(correct - 1, num_guesses, right))
+    further = np.arange(1, correct + 1)
+    below = np.append(bdtr(correct - 1.0 - further[:-1], num_guesses, right), 0.0)
+    slope = float(((bdtr(correct - 1.0, num_guesses, right) - below) / further).max())
     return min(tail + 2 * num_canaries * delta * slope, 1.0)
 
 
@@ -147,7 +147,7 @@ def one_run(
     Guarantees:
         Above the true epsilon with probability at most 1 - confidence, however the canaries depend
         on each other.
-        Ties are broken by an order that does not know which canaries were in.
+        Ties are broken against the auditor.
 
     Raises:
         ValueError: fewer than two scores on a side, a NaN, or a number out of range.
@@ -248,15 +248,22 @@ def _choices(num_guesses: int | None, num: int) -> list[int]:
 
 
 def right_guesses(scores_in: Array, scores_out: Array, num_guesses: int) -> int:
-    """How many are right if the highest scores are said to be in and the lowest to be out."""
-    every = np.concatenate([scores_in, scores_out])
-    was_in = np.arange(len(every)) < len(scores_in)
-    shuffled = np.random.default_rng(0).permutation(len(every))
-    order = shuffled[np.argsort(every[shuffled], kind="stable")]
-    high = num_guesses - num_guesses // 2
-    return int(
-        was_in[order[len(order) - high :]].sum() + (~was_in[order[: num_guesses // 2]]).sum()
-    )
+    """How many are right if the highest scores are said to be in and the lowest to be out.
+
+    Of equal scores those are guessed that are wrong: no more are right than in any fixed order.
+    """
+    low = num_guesses // 2
+    high = num_guesses - low
+    return _right_at_top(scores_in, scores_out, high) + _right_at_top(-scores_out, -scores_in, low)
+
+
+def _right_at_top(right: Array, wrong: Array, num: int) -> int:
+    if num == 0:
+        return 0
+    last = np.partition(np.concatenate([right, wrong]), -num)[-num]
+    above = int((right > last).sum())
+    tied = num - above - int((wrong > last).sum())
+    return above + max(0, tied - int((wrong == last).sum()))
 
 
 def _counts(correct: int, num_guesses: int, num_canaries: int) -> tuple[int, int, int]:
