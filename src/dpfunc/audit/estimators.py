@@ -216,7 +216,7 @@ def independent_runs(
     """
     delta = _checks.open_unit(delta=delta)
     advantage = 2.0 * accuracy_bound(accuracies, confidence=confidence) - 1.0
-    strength = strongest_refuted(lambda s: family.advantage(s) < advantage)
+    strength = strongest_refuted(lambda s: family.advantage(s) < advantage, family.strongest)
     return family.epsilon(strength, delta) if strength > 0 else 0.0
 
 
@@ -242,4 +242,4 @@ def _centre_below(t: float, freedom: int, confidence: float) -> float:
     high = t + 10.0  # there a larger t is all but certain, unless the confidence asks for more
     while excess(high) <= 0:
         high = 2 * high
-    return float(brentq(excess, 0.0, high, xtol=1e-9))
+    return brentq(excess, 0.0, high, xtol=1e-9)  # pyright: ignore[reportReturnType]

@@ -43,7 +43,8 @@ class Family(NamedTuple):
     """delta at epsilon 0: the most by which true positive rate exceeds false positive rate."""
     epsilon: Callable[[float, float], float]
     """`epsilon(strength, delta)`, from below where it cannot be exact."""
-    assumes: str
+    strongest: float
+    """The greatest strength that is tried, a power of two: what refutes it leaves no doubt."""
 
 
 def gaussian_family() -> Family:
@@ -58,7 +59,7 @@ def gaussian_family() -> Family:
         points,
         lambda mu: math.erf(mu / math.sqrt(8)),
         lambda mu, delta: float(gaussian_epsilon(mu, delta)),
-        "the trade-off curve is that of a Gaussian mechanism",
+        64.0,
     )
 
 
@@ -70,9 +71,7 @@ def approximate_family(delta: float) -> Family:
         at_zero = (math.expm1(strength) + 2 * delta) / (math.exp(strength) + 1)
         return Points(np.array([0.0, strength]), np.array([at_zero, delta]))
 
-    return Family(
-        points, lambda e: points(e).deltas[0], lambda e, _: e, "nothing beyond (epsilon, delta)"
-    )
+    return Family(points, lambda e: float(points(e).deltas[0]), lambda e, _: e, 64.0)
 
 
 def noise_family(log: AnyLog) -> Family:
@@ -97,21 +96,20 @@ def noise_family(log: AnyLog) -> Family:
         points,
         advantage,
         lambda strength, delta: epsilon(louder(strength), delta=delta),
-        "the trade-off curve is that of the accounted mechanism at some other noise",
+        2.0,  # with little of its noise left an accountant takes long
     )
 
 
-def strongest_refuted(refuted: Callable[[float], bool]) -> float:
+def strongest_refuted(refuted: Callable[[float], bool], most: float) -> float:
     """The greatest strength that is refuted, to 2 in 1000 from below; 0 where none is.
 
-    Refuted strengths lie below those that are not. Looked for in [2**-10, 4], from 1 outwards: far
-    from what ran an accountant is slow, and that it is far is then the finding.
+    Refuted strengths lie below those that are not. Looked for in [2**-10, most], from 1 outwards.
     """
     place = 0.0  # in powers of two
     if refuted(1.0):
-        while place < 2.0 and refuted(2.0 ** (place + 1.0)):
+        while 2.0**place < most and refuted(2.0 ** (place + 1.0)):
             place += 1.0
-        if place == 2.0:
+        if 2.0**place >= most:
             return 2.0**place
     else:
         while place > -10.0 and not refuted(2.0 ** (place - 1.0)):

@@ -166,7 +166,7 @@ def one_run(
     def refuted(right: int, made: int, num: int, alpha: float, epsilon: float) -> bool:
         return one_run_p_value(right, made, num, epsilon=epsilon, delta=delta) <= alpha
 
-    return _best(inside, outside, alpha, choices, refuted)
+    return _best(inside, outside, alpha, choices, refuted, 64.0)
 
 
 def one_run_curve(
@@ -214,7 +214,7 @@ def one_run_curve(
         points = known[strength]
         return one_run_refutes(right, made, num, points=points, confidence=1 - alpha)
 
-    strength = _best(inside, outside, alpha, choices, refuted)
+    strength = _best(inside, outside, alpha, choices, refuted, curves.strongest)
     return curves.epsilon(strength, delta) if strength > 0 else 0.0
 
 
@@ -223,7 +223,7 @@ Refuted = Callable[[int, int, int, float, float], bool]
 
 
 def _best(
-    inside: Array, outside: Array, alpha: float, choices: list[int], refuted: Refuted
+    inside: Array, outside: Array, alpha: float, choices: list[int], refuted: Refuted, most: float
 ) -> float:
     """The greatest strength refuted by some number of guesses, each at its share of alpha."""
     num, best = len(inside) + len(outside), 0.0
@@ -234,7 +234,7 @@ def _best(
             return refuted(right, made, num, alpha / len(choices), strength)
 
         if fails(max(1.01 * best, 2.0**-10)):
-            best = strongest_refuted(fails)
+            best = strongest_refuted(fails, most)
     return best
 
 
