@@ -296,6 +296,10 @@ def broken() -> dict[str, Any]:
             options = {**case.general, **(case.targeted if statistic == "targeted" else {})}
             begin = time.process_time()
             report = audited(make_step, mechanism, seed, case.num_steps, **options)
+            spent = time.process_time() - begin
+            control = audited(
+                ordinary(mechanism), mechanism, seed, case.num_steps, **options | {"draw": None}
+            )
             rows.append(
                 {
                     "variant": name,
@@ -304,7 +308,9 @@ def broken() -> dict[str, Any]:
                     "accounted": report.epsilon,
                     "lower": report.lower,
                     "refuted": report.refuted,
-                    "cpu_seconds": time.process_time() - begin,
+                    "cpu_seconds": spent,
+                    "lower_of_a_sound_step": control.lower,
+                    "refutes_a_sound_step": control.refuted,
                 }
             )
             print(rows[-1], flush=True)
