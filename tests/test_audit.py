@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.optimize import linprog
@@ -58,10 +58,11 @@ def most_probability(right, made, num, points):
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 12), st.data(), st.floats(0.1, 3.0), st.floats(0.3, 0.99))
+@example(1, None, 1.0, 0.05)
+@given(st.integers(1, 12), st.data(), st.floats(0.1, 3.0), st.floats(0.02, 0.99))
 def test_the_recursion_is_the_linear_program(num, data, mu, confidence):
-    made = data.draw(st.integers(1, num))
-    right = data.draw(st.integers(0, made))
+    made = num if data is None else data.draw(st.integers(1, num))
+    right = num if data is None else data.draw(st.integers(0, made))
     epsilons = np.array([0.0, 0.3, 1.0, 2.5])
     points = audit.Points(epsilons, dpfunc.gaussian_delta(mu, epsilons))
     most = most_probability(right, made, num, points)
@@ -548,6 +549,22 @@ def test_the_likelihood_ratio_beats_the_sum_where_a_canary_is_seldom_drawn():
     assert area(audit.likelihood_ratio(0.05)) > area(audit.gradient_score) + 0.05
 
 
+def test_the_likelihood_ratio_is_the_ratio_of_the_two_densities():
+    rng = np.random.default_rng(9)
+    prob, shift, std = 0.3, 2.0, 0.5
+    coins = rng.random((4000, 5)) < 0.5
+    drawn = coins[:, None] & (rng.random((4000, 3, 5)) < prob)
+    seen = audit.Observations(
+        1.0 + std * rng.standard_normal(drawn.shape) + shift * drawn, np.zeros(coins.shape), coins
+    )
+    out = stats.norm(1.0, std).logpdf(seen.projections)
+    inside = stats.norm(1.0 + shift, std).logpdf(seen.projections)
+    exact = np.logaddexp(np.log(1 - prob) + out, np.log(prob) + inside) - out
+    found = audit.likelihood_ratio(prob)(seen, seen)
+    assert np.quantile(np.abs(found - exact.sum(1)), 0.9) < 0.4
+    assert np.abs(np.median(found - exact.sum(1))) < 0.05
+
+
 def test_a_picture_is_drawn(report, tmp_path):
     audit.draw_audit(tmp_path / "audit.png", report)
     assert (tmp_path / "audit.png").stat().st_size > 10_000
@@ -640,3 +657,14 @@ def test_relations_and_samplers_that_canaries_do_not_fit_are_refused():
                 canaries=4,
                 delta=DELTA,
             )
+
+
+def test_a_point_at_infinite_epsilon_says_nothing():
+    points = audit.gaussian_family().points(1.0)
+    more = audit.Points(np.append(points.epsilons, np.inf), np.append(points.deltas, 0.0))
+    for right in (60, 70, 80, 90, 100):
+        one, two = (
+            audit.one_run_refutes(right, 100, 100, points=p, confidence=0.95)
+            for p in (points, more)
+        )
+        assert one == two

@@ -96,7 +96,7 @@ def one_run_refutes(
     Raises:
         ValueError: a number out of range.
 
-    Source: Mahloujifar, Melis, Chaudhuri 2024, arXiv:2410.22235; the
+    Source: Mahloujifar, Melis, Chaudhuri 2024, arXiv:2410.22235, in the form of the
         module's docstring.
 
     >>> one_run_refutes(95, 100, 100, points=gaussian_family().points(0.5), confidence=0.95)
@@ -107,18 +107,16 @@ def one_run_refutes(
     if num_guesses == 0:
         return False
     share = num_guesses / num_canaries
-    slopes, deltas = np.exp(np.minimum(points.epsilons, 700.0)), points.deltas
+    with np.errstate(over="ignore"):  # an infinite slope says nothing, as it should
+        slopes, deltas = np.exp(points.epsilons), points.deltas
+    # right <= delta + e^epsilon wrong. The mirrored line, 1 - wrong <= ..., follows while right + wrong <= 1:
+    # then 1 - right >= wrong, and of two such terms the larger one times e^epsilon makes the larger sum.
     right = tau * share * correct / num_guesses
     wrong = tau * share * (num_guesses - correct) / num_guesses
     for i in range(correct - 1, -1, -1):
         if right + wrong > share * (1 + 1e-9):
             return True
-        # The inverse of 1 - f, from the lines of f and of its mirror image.
-        needed = max(
-            float(((right - deltas) / slopes).max()),
-            float((1 - deltas - (1 - right) * slopes).max()),
-            wrong,
-        )
+        needed = max(float(((right - deltas) / slopes).max()), wrong)
         right += i / (num_guesses - i) * (needed - wrong)
         wrong = needed
     return right + wrong > share * (1 + 1e-9)

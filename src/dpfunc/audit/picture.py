@@ -48,7 +48,8 @@ def draw_audit(path: str | os.PathLike[str], report: AuditReport) -> None:
     )
     rates = np.linspace(0, 1, 201)
     points = noise_family(report.log).points(1.0)
-    slopes = np.exp(np.minimum(points.epsilons, 700.0))[:, None]
+    with np.errstate(over="ignore"):
+        slopes = np.minimum(np.exp(points.epsilons), 1e300)[:, None]
     below = 1 - points.deltas[:, None] - slopes * rates
     mirrored = (1 - points.deltas[:, None] - rates) / slopes
     allowed = np.maximum(np.maximum(below, mirrored).max(0), 0.0)
