@@ -293,7 +293,10 @@ def broken() -> dict[str, Any]:
         mechanism = mechanism_for(case.epsilon, case.sampling_prob, case.num_steps)
         make_step = case.make(mechanism)
         for statistic in ("general", "targeted"):
-            options = {**case.general, **(case.targeted if statistic == "targeted" else {})}
+            options: dict[str, Any] = {
+                **case.general,
+                **(case.targeted if statistic == "targeted" else {}),
+            }
             begin = time.process_time()
             report = audited(make_step, mechanism, seed, case.num_steps, **options)
             spent = time.process_time() - begin
