@@ -300,9 +300,8 @@ def broken() -> dict[str, Any]:
             begin = time.process_time()
             report = audited(make_step, mechanism, seed, case.num_steps, **options)
             spent = time.process_time() - begin
-            control = audited(
-                ordinary(mechanism), mechanism, seed, case.num_steps, **options | {"draw": None}
-            )
+            options["draw"] = None
+            control = audited(ordinary(mechanism), mechanism, seed, case.num_steps, **options)
             rows.append(
                 {
                     "variant": name,

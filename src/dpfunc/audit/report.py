@@ -36,7 +36,7 @@ ESTIMATORS = {
 """Names of the estimators, and what each assumes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # arrays have no one truth
 class AuditReport:
     """What an audit found. PRIVATE where the data are: it ran on them many times.
 
