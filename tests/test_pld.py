@@ -507,6 +507,12 @@ NOTHING = [(), (run(count=0),), (run(sampling_prob=0.0),), (run(noise_multiplier
 
 
 class TestEdges:
+    def test_a_group_is_drawn_as_often_as_its_members(self):
+        step = StepEvent(noise_multiplier=0.05, sampling_prob=1e-6)
+        assert epsilon_bounds((step,), delta=2e-6)[1] == 0.0
+        low, high = epsilon_bounds((step,), delta=2e-6, group_size=4)
+        assert 0.0 < low <= high
+
     @pytest.mark.parametrize("log", NOTHING)
     def test_nothing_released_costs_exactly_nothing(self, log):
         assert epsilon_bounds(log, delta=1e-5) == (0.0, 0.0)

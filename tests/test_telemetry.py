@@ -109,6 +109,11 @@ class TestAdaptiveClipping:
         )[0]
         assert twice.mechanism["clip_norm"].equal(once.mechanism["clip_norm"])
 
+    def test_a_sum_of_losses_does_not_change_what_is_divided_here(self):
+        batch, mean = batch_of([0.5, 2.0, 3.0]), replace(QUIET, clipping=ADAPTIVE)
+        summed = replace(mean, loss_reduction="sum")
+        assert stepped(summed, batch)[0].mechanism == stepped(mean, batch)[0].mechanism
+
     def test_the_clip_norm_stays_within_its_limits(self):
         adaptive = replace(ADAPTIVE, low=0.5, high=2.0, learning_rate=10.0)
         for norms, end in (([0.1] * 8, 0.5), ([9.0] * 8, 2.0)):

@@ -105,6 +105,11 @@ if TYPE_CHECKING:
         MeanLoss,
         NormQuantile,
     )
+    from dpfunc.testing import (
+        Finding,
+        PrivacyReport,
+        check_private,
+    )
     from dpfunc.training import (
         Checkpoint,
         Fitted,
@@ -145,6 +150,7 @@ _ROOMS = {
         "make_dp_step make_train_step parts_of private_grad"
     ),
     "telemetry": "AdaptiveClipping ClipFraction MeanLoss NormQuantile",
+    "testing": "Finding PrivacyReport check_private",
     "training": ("Checkpoint Fitted Saving Trained fit load_checkpoint save_checkpoint train"),
     "typing": "ClippingRule Observed Query",
 }
@@ -166,6 +172,7 @@ __all__ = [
     "ClippingRule",
     "CustomClipping",
     "Explanation",
+    "Finding",
     "Fitted",
     "FlatClipping",
     "Header",
@@ -179,6 +186,7 @@ __all__ = [
     "PartialEvent",
     "PerGroupClipping",
     "PerSampleAdaptiveClipping",
+    "PrivacyReport",
     "Query",
     "Repeats",
     "RunLog",
@@ -201,6 +209,7 @@ __all__ = [
     "calibrate_noise_multiplier",
     "calibrate_num_steps",
     "calibrate_sampling_prob",
+    "check_private",
     "clip_and_noise",
     "clip_and_sum",
     "clipped_grad",

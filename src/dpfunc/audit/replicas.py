@@ -15,6 +15,7 @@ from dpfunc import random, trees
 from dpfunc.audit.canaries import Canaries, Marked, flat, marked_data
 from dpfunc.events import Log, append
 from dpfunc.sampling import Batch
+from dpfunc.step import PartialEvent
 from dpfunc.typing import Key, Loss, Params, Tree
 
 Draw = Callable[[int, Tensor, int], Tensor]
@@ -101,6 +102,8 @@ def _run(
         stepped, event = _step(step, state, _batch(rows, drawn, t), keys)
         moved = flat(state, 1).double() - flat(stepped, 1).double()
         moves.append((moved[:, canaries.watched] * canaries.weights).sum(-1))
+        if isinstance(event, PartialEvent):  # of a mechanism with schedules
+            event = event.complete(step=t)
         state, log = stepped, append(log, event)
         bar(len(present))
     return state, torch.stack(moves, 1), log

@@ -125,7 +125,7 @@ def audit_step(
         num_shadows: further runs, from which the score and its threshold learn, >= 2.
         replicas_at_once: runs mapped over by `torch.vmap`: memory, never meaning; 1 calls a step
             that vmap does not take as it is.
-        score: None is `likelihood_ratio(sampling_prob)`; others in `dpfunc.audit`, or your own.
+        score: None is `likelihood_ratio` at the mean sampling_prob; others in `dpfunc.audit`, or your own.
         estimator: a name in `dpfunc.audit.ESTIMATORS`, which says what it assumes. "clopper_pearson"
             takes one canary alone.
         draw: `draw(num_examples, key, step) -> indices`, your sampler. None draws as
@@ -207,7 +207,8 @@ def audit_step(
         progress=progress,
     )
     shadows, observed = everything.runs(0, num_shadows), everything.runs(num_shadows, None)
-    score = likelihood_ratio(mechanism.sampling_prob) if score is None else score
+    probs = [mechanism.sampling_prob_at(step) for step in range(num_steps)]
+    score = likelihood_ratio(sum(probs) / num_steps) if score is None else score
     found = _scored(score, shadows, observed)
     above, threshold = _threshold(_scored(score, shadows, shadows), shadows.coins)
     found = found if above else -found
@@ -254,7 +255,8 @@ def _sampler(mechanism: DPSGD) -> Draw:
         )
 
     def draw(num_examples: int, key: Key, step: int) -> Tensor:
-        return poisson_indices(num_examples, key, step, sampling_prob=mechanism.sampling_prob)
+        prob = mechanism.sampling_prob_at(step)
+        return poisson_indices(num_examples, key, step, sampling_prob=prob)
 
     return draw
 
