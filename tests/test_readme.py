@@ -13,6 +13,7 @@ import torch
 from dpfunc import cli
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="runs from the source tree")
 
 
@@ -21,7 +22,8 @@ def blocks(language):
 
 
 @pytest.mark.uses_global_generator  # torch.rand and nn's own initialisation
-def test_the_code_runs_from_top_to_bottom(capsys, fresh_compiler):
+def test_the_code_runs_from_top_to_bottom(capsys, fresh_compiler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace = {}
     assert len(blocks("python")) >= 4
@@ -61,3 +63,15 @@ def test_notebooks_hold_no_output_and_run(path):
             assert cell["outputs"] == []
             exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
     matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_every_test_that_a_page_names_is_there(page):
+    known = {
+        name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+    assert named <= known
+    assert named or page.name not in ("guarantees.md", "opacus.md")

@@ -113,7 +113,11 @@ def fit(
         if saving is None:
             run = Run(random.key() if key is None else key, init(params))
         else:
-            made_of = {"batches": fingerprint.of_code(batch_options)}
+            made_of = {
+                "batches": fingerprint.of_code(
+                    {name: v for name, v in batch_options.items() if name != "num_workers"}
+                )
+            }
             opened = open_run(saving, init(params), step, data, mechanism, key, made_of)
             run = stack.enter_context(opened)
         interrupts = stack.enter_context(_interrupts())
