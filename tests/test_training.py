@@ -249,6 +249,17 @@ class TestFiles:
         with pytest.raises(KeyboardInterrupt):
             fitted(made=(made[0], impatient))
 
+    @pytest.mark.parametrize(
+        "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    )
+    def test_a_batch_that_does_not_fit_is_told_what_to_do(self, error):
+        def full(state, batch, key):
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            fitted(made=(pair()[0], full))
+        assert "chunk_size=32" in caught.value.__notes__[0]
+
     def test_a_folder_that_cannot_be_written_releases_nothing(self, tmp_path):
         made, ran = pair(), []
 

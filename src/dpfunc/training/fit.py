@@ -86,6 +86,7 @@ def fit(
         ValueError: the budget does not last for one step; a folder of another run, model or
             mechanism; numbers out of range.
         OSError: the folder cannot be written: nothing is released that the log does not count.
+        MemoryError, RuntimeError: a batch does not fit; a note says what to do.
         ModuleNotFoundError: tqdm or safetensors is not installed (`pip install dpfunc[train]`).
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
@@ -133,14 +134,15 @@ def fit(
             batches = poisson_batches(
                 data, run.key, mechanism, num_steps=end, start=begin, **batch_options
             )
-            for done in train(step, run.state, batches, run.key, mechanism):
-                run.after(done)
-                now = int(done.state.step)
-                if evaluate is not None and (now % every == 0 or now == num_steps):
-                    run.evaluated(evaluate(done.state), epsilon(run.ran, delta=delta))
-                show(run)
-                if interrupts:
-                    break
+            with _advice_on_memory():
+                for done in train(step, run.state, batches, run.key, mechanism):
+                    run.after(done)
+                    now = int(done.state.step)
+                    if evaluate is not None and (now % every == 0 or now == num_steps):
+                        run.evaluated(evaluate(done.state), epsilon(run.ran, delta=delta))
+                    show(run)
+                    if interrupts:
+                        break
             run.checkpoint()
             if interrupts:
                 stopped = "interrupted"
@@ -203,6 +205,19 @@ def _interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _advice_on_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            error.add_note(
+                "If a batch does not fit: make_train_step(..., chunk_size=32) bounds the memory of gradients and "
+                "changes nothing else. The log counts the steps that were declared; the run can go on."
+            )
+        raise
 
 
 @contextmanager
