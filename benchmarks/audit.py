@@ -156,7 +156,7 @@ def release(params: Any, total: Any, batch: Batch, key: Any, mechanism: DPSGD) -
 
 
 def noise_halved(mechanism: DPSGD) -> Any:
-    quiet = replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 2)
+    quiet = replace(mechanism, noise_multiplier=mechanism.event().noise_multiplier / 2)
 
     def make_step(loss: Any) -> Any:
         step = dpfunc.make_dp_step(loss, quiet, update)
@@ -189,7 +189,7 @@ def leaf_key_reused(mechanism: DPSGD) -> Any:
 
         def step(params: Any, batch: Batch, key: Any) -> Any:
             noise_key = random.derive(key, random.NOISE, batch.step)
-            scale = mechanism.noise_multiplier * mechanism.sensitivity
+            scale = mechanism.event().noise_multiplier * mechanism.sensitivity
             noisy = trees.map(
                 lambda leaf: (
                     (leaf + scale * random.normal(noise_key, leaf.shape))
