@@ -273,8 +273,8 @@ class TestTelemetry:
             def init(self):
                 return 0.0
 
-            def values(self, observed, state):
-                return torch.full_like(observed.norms, poison)
+            def value(self, observed, state):
+                return torch.full_like(observed.norm, poison)
 
             def update(self, state, mean):
                 return mean
@@ -290,30 +290,53 @@ class TestTelemetry:
         assert state.mechanism["mean_loss"].item() == 2.0
         assert state.params.equal(torch.zeros(2))
 
-    def test_a_query_sees_losses_only_where_it_asks(self):
-        seen = []
-
+    def test_a_query_sees_the_loss_only_where_one_asks(self):
         @dataclass(frozen=True)
         class Looks:
             needs_loss: bool
             name: str = "looks"
-            noise_multiplier: float = 1.0
+            noise_multiplier: float = 0.0
 
             def init(self):
                 return 0.0
 
-            def values(self, observed, state):
-                seen.append(observed)
-                return observed.norms
+            def value(self, observed, state):
+                assert isinstance(observed, Observed)
+                return observed.loss.isnan().double()
 
             def update(self, state, mean):
                 return mean
 
         for needs in (True, False):
-            stepped(replace(QUIET, telemetry=(Looks(needs),)), batch_of([1.0, 2.0]))
-        assert all(isinstance(entry, Observed) for entry in seen)
-        assert [entry.losses is not None for entry in seen] == [True, False]
-        assert seen[0].clip_norm.item() == 1.0
+            mechanism = replace(QUIET, telemetry=(Looks(needs),), expected_batch_size=2)
+            state, _ = stepped(mechanism, batch_of([1.0, 2.0]))
+            assert state.mechanism["looks"].item() == (not needs)
+
+    def test_a_query_never_sees_another_example(self):
+        """The share of examples below the batch's median would move by more than one's own value."""
+
+        @dataclass(frozen=True)
+        class Ranks:
+            shape: tuple = ()
+            name = "ranks"
+            noise_multiplier = 1.0
+            needs_loss = False
+
+            def init(self):
+                return 0.0
+
+            def value(self, observed, state):
+                below = (observed.norm >= observed.norm.reshape(-1)).double()
+                return below.mean() if not self.shape else observed.norm.expand(self.shape)
+
+            def update(self, state, mean):
+                return mean
+
+        one = replace(QUIET, telemetry=(Ranks(),), noise_multiplier=1.0)
+        a, b = (stepped(one, batch_of(norms))[0] for norms in ([1.0, 2.0], [1.0, 900.0]))
+        assert a.mechanism["ranks"].equal(b.mechanism["ranks"])
+        with pytest.raises(TypeError, match="'ranks' to be a 0-d tensor"):
+            stepped(replace(QUIET, telemetry=(Ranks((3,)),)), batch_of([1.0]))
 
     @pytest.mark.parametrize(
         ("telemetry", "kind", "words"),

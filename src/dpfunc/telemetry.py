@@ -65,11 +65,10 @@ class MeanLoss:
     def init(self) -> float:
         return math.nan  # nothing was released yet
 
-    def values(self, observed: Observed, state: Tensor) -> Tensor:
+    def value(self, observed: Observed, state: Tensor) -> Tensor:
         del state
         middle, half = self._middle_and_half
-        assert observed.losses is not None
-        return (observed.losses.to(torch.float64) - middle) / half
+        return (observed.loss.to(torch.float64) - middle) / half
 
     def update(self, state: Tensor, mean: Tensor) -> Tensor:
         middle, half = self._middle_and_half
@@ -109,9 +108,9 @@ class ClipFraction:
     def init(self) -> float:
         return math.nan
 
-    def values(self, observed: Observed, state: Tensor) -> Tensor:
+    def value(self, observed: Observed, state: Tensor) -> Tensor:
         del state
-        return torch.where(observed.norms > observed.clip_norm, 1.0, -1.0)
+        return torch.where(observed.norm > observed.clip_norm, 1.0, -1.0)
 
     def update(self, state: Tensor, mean: Tensor) -> Tensor:
         del state
@@ -162,8 +161,8 @@ class NormQuantile:
     def init(self) -> float:
         return self.initial
 
-    def values(self, observed: Observed, state: Tensor) -> Tensor:
-        return torch.where(observed.norms <= state, 1.0, -1.0)
+    def value(self, observed: Observed, state: Tensor) -> Tensor:
+        return torch.where(observed.norm <= state, 1.0, -1.0)
 
     def update(self, state: Tensor, mean: Tensor) -> Tensor:
         return _tracked(state, mean, self.quantile, self.learning_rate, self.low, self.high)
@@ -230,8 +229,8 @@ class AdaptiveClipping:
     def init(self) -> float:
         return self.initial
 
-    def values(self, observed: Observed, state: Tensor) -> Tensor:
-        return torch.where(observed.norms <= state, 1.0, -1.0)
+    def value(self, observed: Observed, state: Tensor) -> Tensor:
+        return torch.where(observed.norm <= state, 1.0, -1.0)
 
     def update(self, state: Tensor, mean: Tensor) -> Tensor:
         return _tracked(state, mean, self.quantile, self.learning_rate, self.low, self.high)

@@ -46,12 +46,12 @@ class ClippingRule(Protocol):
 
 
 class Observed(NamedTuple):
-    """What a query on a batch may look at. PRIVATE, every number of it."""
+    """What a query may look at: one example, and a public number. PRIVATE."""
 
-    norms: Tensor
-    """(B,), float64: each example's gradient norm before clipping, in the order of the rule."""
-    losses: Tensor | None
-    """(B,): each example's loss, where some query has `needs_loss`."""
+    norm: Tensor
+    """0-d, float64: the example's gradient norm before clipping, in the order of the rule."""
+    loss: Tensor
+    """0-d: the example's loss, where some query has `needs_loss`; else NaN."""
     clip_norm: Tensor
     """0-d, float64: the sensitivity of this step's clipped sum, in gradient units. Public."""
 
@@ -60,8 +60,9 @@ class Observed(NamedTuple):
 class Query(Protocol):
     """A number about a batch that is released beside the gradient, with noise of its own.
 
-    Every example answers with a value in [-1, 1]; the noisy sum of the values, divided by the expected
-    batch size, makes the next state from the one before. The state is public: it is what is reported.
+    `value` is pure. It sees one example and the public state, and returns a 0-d tensor, which is
+    clamped to [-1, 1]; it is mapped over the batch and never sees another example. The noisy sum of
+    the values, over the expected batch size, makes the next state. The state is what is reported.
     """
 
     @property
@@ -75,7 +76,7 @@ class Query(Protocol):
 
     def init(self) -> float: ...
 
-    def values(self, observed: Observed, state: Tensor) -> Tensor: ...
+    def value(self, observed: Observed, state: Tensor) -> Tensor: ...
 
     def update(self, state: Tensor, mean: Tensor) -> Tensor: ...
 

@@ -19,7 +19,7 @@ from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.noise import privatize, privatize_queries
 from dpfunc.sampling import Batch
 from dpfunc.schedules import Schedule
-from dpfunc.typing import Key, Loss, Observed, Params, Tree
+from dpfunc.typing import Key, Loss, Observed, Params, Query, Tree
 
 States: TypeAlias = dict[str, Tensor]
 """The public state of every query, by its name."""
@@ -188,12 +188,12 @@ def summing(
             return Sums(found.sum, {})
         unit = torch.ones(()) if factor is None else factor
         clip_norm = mechanism.sensitivity * unit.to(found.norms)
-        observed = Observed(found.norms, found.aux if needs_loss else None, clip_norm)
-        values = {
-            query.name: _summed(query.values(observed, states[query.name]), batch.mask)
+        losses = found.aux if needs_loss else torch.full_like(found.norms, math.nan)
+        answers = {
+            query.name: _answers(query, found.norms, losses, clip_norm, states[query.name])
             for query in mechanism.queries
         }
-        return Sums(found.sum, values)
+        return Sums(found.sum, {name: _summed(a, batch.mask) for name, a in answers.items()})
 
     return f
 
@@ -259,9 +259,28 @@ def _lookup(schedule: Schedule, outside: float) -> Callable[[Tensor], Tensor]:
     return at
 
 
+def _answers(
+    query: Query, norms: Tensor, losses: Tensor, clip_norm: Tensor, state: Tensor
+) -> Tensor:
+    """(B,): what each example answers, by itself."""
+    if len(norms) == 0:  # vmap refuses an empty axis
+        return norms
+
+    def one(norm: Tensor, loss: Tensor) -> Tensor:
+        value = query.value(Observed(norm, loss, clip_norm), state)
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise TypeError(
+                f"Expected value(observed, state) of the query {query.name!r} to be a 0-d tensor, got "
+                f"{value!r}. It sees one example."
+            )
+        return value.to(norm.dtype)
+
+    return torch.vmap(one)(norms, losses)
+
+
 def _summed(values: Tensor, mask: Tensor) -> Tensor:
     """The sum of what every real example answers, within [-1, 1] and 0 where it is no number."""
-    values = values.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
+    values = values.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
     return torch.where(mask, values, 0.0).sum()
 
 
