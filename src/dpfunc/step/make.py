@@ -15,7 +15,8 @@ from dpfunc.events import StepEvent
 from dpfunc.mechanism import DPSGD
 from dpfunc.optimizers import Optimizer, apply_updates
 from dpfunc.sampling import Batch
-from dpfunc.step.release import States, initial_states, private_grad, whole_release
+from dpfunc.step.asked import States, initial_states
+from dpfunc.step.release import private_grad, whole_release
 from dpfunc.typing import Key, Loss, Params, Update
 
 

@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpfunc import random, trees
+from dpfunc import random
 from dpfunc.gradients import Rescaled, as_rule, clipped_sums, sum_by
 from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.noise import privatize, privatize_queries
 from dpfunc.sampling import Batch
-from dpfunc.schedules import Schedule
-from dpfunc.typing import Key, Loss, Observed, Params, Query, Tree
-
-States: TypeAlias = dict[str, Tensor]
-"""The public state of every query, by its name."""
-
-
-def initial_states(mechanism: DPSGD, like: Tree) -> States:
-    """Every query's state before the first step, on the device of the parameters."""
-    device = trees.leaves(like)[0].device
-    return {
-        query.name: torch.tensor(query.init(), dtype=torch.float64, device=device)
-        for query in mechanism.queries
-    }
+from dpfunc.step.asked import States, answers, summed
+from dpfunc.step.numbers import numbers_of
+from dpfunc.typing import Key, Loss, Params, Tree
 
 
 class Sums(NamedTuple):
@@ -189,11 +178,11 @@ def summing(
         unit = torch.ones(()) if factor is None else factor
         clip_norm = mechanism.sensitivity * unit.to(found.norms)
         losses = found.aux if needs_loss else torch.full_like(found.norms, math.nan)
-        answers = {
-            query.name: _answers(query, found.norms, losses, clip_norm, states[query.name])
+        answered = {
+            query.name: answers(query, found.norms, losses, clip_norm, states[query.name])
             for query in mechanism.queries
         }
-        return Sums(found.sum, {name: _summed(a, batch.mask) for name, a in answers.items()})
+        return Sums(found.sum, {name: summed(a, batch.mask) for name, a in answered.items()})
 
     return f
 
@@ -220,68 +209,6 @@ def releasing(mechanism: DPSGD) -> Callable[..., tuple[Tree, States]]:
         return grads, {q.name: q.update(states[q.name], means[q.name]) for q in mechanism.queries}
 
     return f
-
-
-Numbers: TypeAlias = tuple[Tensor | None, Tensor | None]
-"""The noise multiplier and the clipping factor of a step, where they are not the record's own."""
-
-
-def numbers_of(mechanism: DPSGD) -> Callable[[int | Tensor, States], Numbers]:
-    """`f(step, states)`: looked up, so that one compiled step serves every step."""
-    noise, adaptive = mechanism.noise_multiplier, mechanism.adaptive
-    multiplier = _lookup(noise, math.inf) if isinstance(noise, Schedule) else None
-    factor = None if mechanism.factor is None else _lookup(mechanism.factor, math.nan)
-
-    def f(step: int | Tensor, states: States) -> Numbers:
-        step = torch.as_tensor(step)
-        moving = None if factor is None else factor(step)
-        if adaptive is not None:
-            moving = states[adaptive.name]
-        return None if multiplier is None else multiplier(step), moving
-
-    return f
-
-
-def _lookup(schedule: Schedule, outside: float) -> Callable[[Tensor], Tensor]:
-    """The number of a step as a 0-d tensor.
-
-    A step that the schedule does not have gets noise without end, or a factor that lets nobody
-    count: inside a graph nothing can raise.
-    """
-    table = torch.tensor(schedule.values)
-
-    def at(step: Tensor) -> Tensor:
-        inside = (step >= 0) & (step < len(table))
-        # index_select and not [step], which a compiler would specialise on.
-        row = step.clamp(0, len(table) - 1).reshape(1)
-        return torch.where(inside, table.to(step.device).index_select(0, row)[0], outside)
-
-    return at
-
-
-def _answers(
-    query: Query, norms: Tensor, losses: Tensor, clip_norm: Tensor, state: Tensor
-) -> Tensor:
-    """(B,): what each example answers, by itself."""
-    if len(norms) == 0:  # vmap refuses an empty axis
-        return norms
-
-    def one(norm: Tensor, loss: Tensor) -> Tensor:
-        value = query.value(Observed(norm, loss, clip_norm), state)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            raise TypeError(
-                f"Expected value(observed, state) of the query {query.name!r} to be a 0-d tensor, got "
-                f"{value!r}. It sees one example."
-            )
-        return value.to(norm.dtype)
-
-    return torch.vmap(one)(norms, losses)
-
-
-def _summed(values: Tensor, mask: Tensor) -> Tensor:
-    """The sum of what every real example answers, within [-1, 1] and 0 where it is no number."""
-    values = values.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
-    return torch.where(mask, values, 0.0).sum()
 
 
 def _with_value(loss: Loss) -> Loss:

@@ -14,7 +14,8 @@ from torch import Tensor
 from dpfunc import _checks, trees
 from dpfunc.mechanism import DPSGD
 from dpfunc.sampling import Batch
-from dpfunc.step.release import States, Sums, check_batch, initial_states, releasing, summing
+from dpfunc.step.asked import States, initial_states
+from dpfunc.step.release import Sums, check_batch, releasing, summing
 from dpfunc.typing import Key, Loss, Params, Tree
 
 
