@@ -119,8 +119,16 @@ class TestNoiseOfYourOwn:
         )
         assert list(told) == [PLAIN.event(), LAPLACE.event()]
 
+    def test_counts_and_the_relation_cannot_be_lost_on_the_way(self):
+        log = (replace(CUSTOM.event(), count=1000),)
+        told = account_as(log, CUSTOM.mechanism, lambda event: (PLAIN.event(),))
+        assert list(told) == [replace(PLAIN.event(), count=1000)]
+        for wrong in ((), (replace(PLAIN, relation="replace_one").event(),)):
+            with pytest.raises(ValueError, match="'add_or_remove_one' and of a noise"):
+                account_as(log, CUSTOM.mechanism, lambda event, wrong=wrong: wrong)
+
     def test_it_is_not_taken_to_be_accounted_by_itself(self):
-        with pytest.raises(ValueError, match="custom:two-sided' again"):
+        with pytest.raises(ValueError, match="for 'custom:two-sided'"):
             account_as((CUSTOM.event(),), CUSTOM.mechanism, lambda event: (event,))
         with pytest.raises(ValueError, match="custom:NAME"):
             account_as((PLAIN.event(),), "gaussian", lambda event: ())

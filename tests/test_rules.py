@@ -145,6 +145,81 @@ def test_a_gradient_of_zero_stays_zero_and_others_keep_their_direction(name):
     torch.testing.assert_close(seen.after[1] / seen.after[1].norm(), torch.tensor([0.6, 0.8]))
 
 
+class Largest(FlatClipping):
+    """Divides by the largest norm of the batch, if it is shown one."""
+
+    def scales(self, norms):
+        return trees.map(lambda n: 1 / n.max().clamp(min=1.0), norms)
+
+
+class Shares:
+    """Any noise scales over flat clipping at 1."""
+
+    sensitivity, order = 1.0, 2
+
+    def __init__(self, widths):
+        self.widths = widths
+
+    def scales(self, norms):
+        return FlatClipping(l2_clip_norm=1.0).scales(norms)
+
+    def noise_scales(self, paths):
+        return self.widths
+
+
+class TestAgainstOverflow:
+    """Where a product or a quotient of norms leaves float64 nothing is shown to be within the bound."""
+
+    huge = torch.tensor([[1.2e308, 6e307]], dtype=torch.float64)
+
+    @pytest.mark.parametrize("factor", [0.5, 1e-20, 1e-30, 1e20])
+    @pytest.mark.parametrize("name", ["flat", "auto-s", "auto-v", "psac", "l1"])
+    def test_a_factor_that_makes_norms_overflow(self, name, factor):
+        rule = Rescaled(rule=RULES[name], factor=torch.tensor(factor, dtype=torch.float64))
+        for scale in (1.0, 1e-100, 1e-290, 1e-305):
+            laws.contribution_is_bounded(self.huge * scale, rule)
+
+    @pytest.mark.parametrize("scales", [{"a": 1e300, "b": 1.0}, {"a": 1e300, "b": 1e300}])
+    @pytest.mark.parametrize("sensitivity", [1.0, 1e-30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_scales_that_overflow(self, scales, sensitivity, dtype):
+        rule = CustomClipping(
+            scales=lambda norms: {n: torch.full_like(norms[n], scales[n]) for n in norms},
+            sensitivity=sensitivity,
+        )
+        for a, b in ((1e9, 500.0), (1.0, 1.0), (1e-30, 1e30)):
+            grads = {"a": torch.tensor([[a]], dtype=dtype), "b": torch.tensor([[b]], dtype=dtype)}
+            laws.contribution_is_bounded(grads, rule)
+
+    def test_shares_that_overflow(self):
+        rule = Shares([1e-30, 1e-3])
+        grads = [torch.full((1, 1), 1e300, dtype=torch.float64)] * 2
+        assert clip_and_sum(grads, rule).sum[0].abs().item() <= 1e-30
+
+    @pytest.mark.parametrize(
+        "widths", [[-1e-6, 1.0], [0.0, 1e-6], [1.0], [math.nan, 1.0], [1e-300, 1.0]]
+    )
+    def test_noise_scales_that_are_none_are_refused(self, widths):
+        mechanism = DPSGD(
+            clipping=Shares(widths), noise_multiplier=1.0, sampling_prob=0.5, expected_batch_size=1
+        )
+        with pytest.raises(ValueError, match="noise_scales to be 2 numbers"):
+            clip_and_noise([torch.ones(1, 1)] * 2, KEY, mechanism)
+
+
+def test_a_subclass_of_a_rule_sees_one_example_too():
+    g = torch.ones(100, 1)
+    g[0] = 100.0
+    laws.neighbours_are_close(g, Largest(l2_clip_norm=1.0))
+
+
+def test_normalisation_of_what_is_hardly_there_overflows_nothing():
+    for norm in (5e-324, 1e-310, 1e-300):
+        g = torch.tensor([[norm]], dtype=torch.float64)
+        laws.scales_keep_the_promise(g, RULES["auto-v"])
+        laws.contribution_is_bounded(g, RULES["auto-v"])
+
+
 def test_the_l1_rule_bounds_sums_of_absolute_values():
     grads = {"a": torch.tensor([[3.0, -1.0], [0.1, 0.0]]), "b": torch.tensor([4.0, -0.1])}
     seen = observe(grads, L1Clipping(l1_clip_norm=2.0))

@@ -215,6 +215,19 @@ def test_what_is_no_schedule_is_refused(make, words):
         make()
 
 
+def test_an_event_is_completed_with_what_the_step_did_not_know():
+    scheduled = make_dp_step(loss, replace(PLAIN, noise_multiplier=NOISE), descend)
+    params, data = case()
+    _, event = scheduled(params, batch_of(data, 1), KEY)
+    with pytest.raises(TypeError, match="a step that did not"):
+        event.complete(noise_multiplier=9.0, step=1)
+    with pytest.raises(ValueError, match="no step"):
+        event.complete()
+    _, event = make_dp_step(loss, PLAIN, descend)(params, batch_of(data, 1), KEY, torch.tensor(0.1))
+    with pytest.raises(TypeError, match="a step that did"):
+        event.complete(step=0)
+
+
 def test_a_tensor_beside_a_schedule_is_refused():
     params, data = case()
     f = private_grad(loss, replace(PLAIN, noise_multiplier=NOISE))

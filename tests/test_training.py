@@ -3,13 +3,20 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from dataclasses import replace
+from decimal import Decimal
+from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +32,7 @@ from dpfunc import (
     append,
     epsilon,
     fit,
+    functional_loss,
     load_checkpoint,
     make_train_step,
     optimizers,
@@ -94,6 +102,19 @@ class TestLoop:
         assert same_bits(done[-1].state, state)
         assert [d.metrics["clip_fraction"] for d in done] == metrics
         assert sum((append((), d.event) for d in done), append((), done[0].event)[:0]) == log
+
+    def test_a_batch_comes_once(self):
+        init, step = pair()
+        batches = list(poisson_batches(DATA, KEY, MECHANISM, num_steps=3))
+        with pytest.raises(ValueError, match="batch of step 3, got that of 0"):
+            list(train(step, init(START), batches * 2, KEY, MECHANISM))
+
+    @pytest.mark.parametrize(
+        "other", [{"noise_multiplier": 100.0}, {"relation": "replace_one"}, {"sampling_prob": 0.1}]
+    )
+    def test_the_log_takes_no_other_mechanism_than_the_steps(self, other):
+        with pytest.raises(ValueError, match="a step of this mechanism"):
+            fitted(made=pair(replace(MECHANISM, **other)))
 
     def test_fit_is_that_loop_too(self):
         init, step = pair()
@@ -183,7 +204,7 @@ class TestFiles:
         assert fitted(tmp_path, **options).history == fitted(**options).history
 
     def test_every_step_is_on_disk_before_it_runs(self, tmp_path):
-        made, seen = pair(), []
+        made, seen = pair(), Notes()
 
         def spying(state, batch, key):
             counted = sum(event.count for event in read_log(tmp_path / run.LOG))
@@ -219,15 +240,14 @@ class TestFiles:
             fitted(tmp_path)
 
     def test_ctrl_c_ends_after_the_step_and_the_run_goes_on(self, tmp_path):
-        made = pair()
+        made, armed = pair(), Notes([True])
 
         def interrupting(state, batch, key):
-            if int(batch.step) == 6 and int(state.step) == 6 and interrupting.armed:
-                interrupting.armed = False
+            if int(batch.step) == 6 and armed:
+                armed.pop()
                 signal.raise_signal(signal.SIGINT)
             return made[1](state, batch, key)
 
-        interrupting.armed = True
         changes = Saving(folder=tmp_path, every=5, allow_changes=True)
         before = signal.getsignal(signal.SIGINT)
         stopped = fitted(made=(made[0], interrupting), saving=changes)
@@ -356,10 +376,10 @@ class TestGoingOnDifferently:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"made": pair(rate=0.2)}, "code was"),
-            ({"made": pair(of=lambda w, x: (w @ x) ** 2)}, "code was"),
-            ({"data": DATA + 1e-6}, "data was"),
-            ({"pad_to_multiple_of": 3}, "batches was"),
+            ({"made": pair(rate=0.2)}, "changed: code. To"),
+            ({"made": pair(of=lambda w, x: (w @ x) ** 2)}, "changed: code. To"),
+            ({"data": DATA + 1e-6}, "changed: data. To"),
+            ({"pad_to_multiple_of": 3}, "changed: batches. To"),
             (
                 {"mechanism": replace(MECHANISM, noise_multiplier=2.0)},
                 "mechanism was .*1.0.* and is .*2.0",
@@ -374,7 +394,7 @@ class TestGoingOnDifferently:
     def test_another_number_of_threads_or_version_is_a_change(self, tmp_path, monkeypatch):
         fitted(tmp_path, num_steps=7)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-        with pytest.raises(ValueError, match=r'threads was .* and is "99"'):
+        with pytest.raises(ValueError, match=r"threads was .* and is '99'"):
             fitted(tmp_path)
 
     def test_a_new_attempt_counts_both_and_repeats_no_noise(self, tmp_path):
@@ -470,6 +490,50 @@ class TestGoingOnDifferently:
         (tmp_path / run.LOG).write_text("".join(lines[:2]))
         with pytest.raises(ValueError, match="Lines were lost"):
             fitted(tmp_path)
+
+    def test_an_evaluation_that_changes_the_step_is_told(self, tmp_path):
+        module = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5))
+        loss, params = functional_loss(module, lambda out, y: out.sum() - y.sum(), has_key=True)
+        made = make_train_step(loss, MECHANISM, optimizers.sgd(0.1), has_key=True)
+
+        def evaluate(state):
+            module.eval()
+            return {}
+
+        with pytest.raises(RuntimeError, match=r"leave a module in \.eval\(\)"):
+            fit(
+                made,
+                params,
+                (DATA, DATA[:, 0]),
+                MECHANISM,
+                KEY,
+                num_steps=4,
+                delta=1e-5,
+                evaluate=evaluate,
+                saving=Saving(folder=tmp_path, every=2),
+                progress=False,
+            )
+
+    test_an_evaluation_that_changes_the_step_is_told = pytest.mark.uses_global_generator(
+        test_an_evaluation_that_changes_the_step_is_told
+    )
+
+    def test_randomness_that_cannot_be_repeated_is_refused(self, tmp_path):
+        made = make_train_step(loss, MECHANISM, optimizers.sgd(0.1), randomness="different")
+        with pytest.raises(ValueError, match="randomness='different'"):
+            fitted(tmp_path, made=made)
+
+    def test_what_is_public_does_not_tell_two_data_sets_apart(self, tmp_path):
+        """Whoever has all but one example could try both: a plain hash would say which it was."""
+        plain = {fingerprint.of_data(DATA), fingerprint.of_code(pair()[1], MECHANISM)}
+        said = set()
+        for name, key in (("a", random.key(1)), ("b", random.key(2))):
+            fitted(tmp_path / name, key=key, num_steps=1)
+            content = (tmp_path / name / run.CHECKPOINT).read_bytes()
+            assert not any(digest.encode() in content for digest in plain)
+            about = load_checkpoint(tmp_path / name / run.CHECKPOINT, pair()[0](START)).about
+            said.add(about["data"])
+        assert len(said) == 2
 
 
 class TestCheckpoints:
@@ -595,21 +659,18 @@ class TestFingerprints:
         monkeypatch.setattr(sys.modules[__name__], "SCALE", 3.0)
         assert fingerprint.of_code(made(1.0, START)) != base
 
-    def test_methods_and_modules_count_but_parameters_do_not(self, monkeypatch):
+    def test_methods_and_modules_count(self, monkeypatch):
         base = fingerprint.of_code(Doubling())
         monkeypatch.setattr(Doubling, "__call__", lambda self, x: 3 * x)
         assert fingerprint.of_code(Doubling()) != base
         module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
         base = fingerprint.of_code(module)
-        with torch.no_grad():
-            module[0].weight.add_(1.0)
-        assert fingerprint.of_code(module) == base
         module[1].p = 0.2
         assert fingerprint.of_code(module) != base
         assert fingerprint.of_code(module.eval()) != fingerprint.of_code(module.train())
 
-    test_methods_and_modules_count_but_parameters_do_not = pytest.mark.uses_global_generator(
-        test_methods_and_modules_count_but_parameters_do_not
+    test_methods_and_modules_count = pytest.mark.uses_global_generator(
+        test_methods_and_modules_count
     )
 
     @pytest.mark.parametrize(
@@ -619,6 +680,74 @@ class TestFingerprints:
     def test_other_data_have_another_one(self, other):
         assert fingerprint.of_data(other) != fingerprint.of_data(DATA)
         assert fingerprint.of_data(DATA.clone()) == fingerprint.of_data(DATA)
+
+    @pytest.mark.parametrize(
+        "made",
+        [
+            lambda v: range(v),
+            lambda v: (torch.float32, torch.float64)[v - 1],
+            lambda v: np.float32(v),
+            lambda v: slice(1, v),
+            lambda v: re.compile(str(v)),
+            lambda v: deque([v]),
+            lambda v: itemgetter(v),
+            lambda v: {"a": v}.get,
+            lambda v: MappingProxyType({"a": v}),
+            lambda v: bytearray([v]),
+            lambda v: Decimal(v),
+            lambda v: np.random.default_rng(v),
+            lambda v: Path(str(v)),
+            lambda v: np.array([v, "x"], dtype=object),
+            lambda v: {v, 7},
+            lambda v: [((1, 2), 3), ((1, 2, 3),)][v - 1],
+            lambda v: [[(1, 23)], [(12, 3)]][v - 1],
+        ],
+    )
+    def test_values_that_differ_are_told_apart(self, made):
+        assert fingerprint.of_code(made(1)) == fingerprint.of_code(made(1))
+        assert fingerprint.of_code(made(1)) != fingerprint.of_code(made(2))
+
+    def test_a_cache_is_left_out(self):
+        assert fingerprint.of_code(Notes([1])) == fingerprint.of_code(Notes([2]))
+
+    def test_what_cannot_be_looked_into_agrees_with_nothing(self):
+        lock = threading.Lock()
+        assert fingerprint.of_code(lock) != fingerprint.of_code(lock)
+
+    def test_classes_functions_and_hooks_count_by_what_they_hold(self, monkeypatch):
+        def plain(x):
+            return x
+
+        base = fingerprint.of_code(plain)
+        plain.rate = 2
+        assert fingerprint.of_code(plain) != base
+        base = fingerprint.of_code(Doubling())
+        monkeypatch.setattr(Doubling, "table", [1, 2], raising=False)
+        assert fingerprint.of_code(Doubling()) != base
+        module = nn.Linear(2, 2)
+        base = fingerprint.of_code(module)
+        module.register_forward_hook(lambda m, a, out: 2 * out)
+        assert fingerprint.of_code(module) != base
+
+    test_classes_functions_and_hooks_count_by_what_they_hold = pytest.mark.uses_global_generator(
+        test_classes_functions_and_hooks_count_by_what_they_hold
+    )
+
+    def test_the_parameters_of_a_teacher_count_and_those_of_the_trained_module_do_not(self):
+        def made(teacher, student):
+            loss, _ = functional_loss(student, lambda out, y: (out - teacher(y)).sum())
+            return make_train_step(loss, MECHANISM, optimizers.sgd(0.1))[1]
+
+        teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
+        base = fingerprint.of_code(made(teacher, student))
+        assert fingerprint.of_code(made(teacher, nn.Linear(2, 2))) == base
+        assert fingerprint.of_code(made(nn.Linear(2, 2), student)) != base
+
+    test_the_parameters_of_a_teacher_count_and_those_of_the_trained_module_do_not = (
+        pytest.mark.uses_global_generator(
+            test_the_parameters_of_a_teacher_count_and_those_of_the_trained_module_do_not
+        )
+    )
 
     def test_a_data_set_is_read_in_part(self):
         class Rows:

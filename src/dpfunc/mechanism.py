@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,12 @@ class DPSGD:
         elif not isinstance(self.clipping, ScheduledClipping) and self.adaptive is None:
             put("clipping", _checked_clipping(self.clipping))
         put("noise_multiplier", self._checked_noise())
-        put("expected_batch_size", _checks.positive(expected_batch_size=self.expected_batch_size))
+        size = _checks.positive(expected_batch_size=self.expected_batch_size)
+        if not MIN_SENSITIVITY <= size <= MAX_SENSITIVITY:
+            raise ValueError(
+                f"Expected {MIN_SENSITIVITY} <= expected_batch_size <= {MAX_SENSITIVITY}, got {size}."
+            )
+        put("expected_batch_size", size)
         _checks.choice(("mean", "sum"), loss_reduction=self.loss_reduction)
         _checks.choice(("poisson", "truncated_poisson", "none"), sampling=self.sampling)
         if isinstance(self.sampling_prob, Schedule):
@@ -265,6 +270,22 @@ def order_of(clipping: float | ClippingRule) -> int:
     return clipping.order if isinstance(clipping, ClippingRule) else 2
 
 
+def noise_scales(clipping: float | ClippingRule, paths: Sequence[str]) -> Sequence[float]:
+    """What the noise of each leaf is scaled to: the sensitivity, where the rule does not say otherwise."""
+    own = getattr(clipping, "noise_scales", None)
+    if own is None:
+        return [sensitivity_of(clipping)] * len(paths)
+    scales = list(own(paths))
+    if len(scales) != len(paths) or not all(
+        isinstance(s, (int, float)) and MIN_SENSITIVITY <= s <= MAX_SENSITIVITY for s in scales
+    ):
+        raise ValueError(
+            f"Expected noise_scales to be {len(paths)} numbers in [{MIN_SENSITIVITY}, {MAX_SENSITIVITY}], "
+            f"got {scales}."
+        )
+    return scales
+
+
 def check_sensitivity(advice: str = "", /, **named: float) -> float:
     """A clip norm that float32 arithmetic can keep to."""
     ((name, value),) = named.items()
@@ -314,6 +335,8 @@ def _checked_telemetry(telemetry: Any) -> tuple[Query, ...]:
         )
     for query in given:
         _checks.finite_non_negative(noise_multiplier=query.noise_multiplier)
+        if not isinstance(query.name, str):
+            raise TypeError(f"Expected the name of a query to be text, got {query.name!r}.")
     return tuple(given)
 
 

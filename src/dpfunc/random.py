@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from dpfunc.typing import Key
 
 _SPLIT, _FOLD_IN = 1, 2
-SAMPLING, TRUNCATION, NOISE, LEAF, LOSS, DROPOUT, TELEMETRY, AUGMENTATION = range(16, 24)
+SAMPLING, TRUNCATION, NOISE, LEAF, LOSS, DROPOUT, TELEMETRY, AUGMENTATION, FINGERPRINT = range(
+    16, 25
+)
 """What the library uses a key for. Distinct tags: one run key may be passed to all of them."""
 
 

@@ -42,7 +42,7 @@ class Schedule:
         numbers = [_checks.real(**{f"values[{i}]": value}) for i, value in enumerate(values)]
         if not numbers:
             raise ValueError("Expected values to hold a number for each step, got none.")
-        self._values = np.array(numbers)
+        self._values = np.array(numbers) + 0.0  # zero has no sign
         self._values.flags.writeable = False
 
     @property

@@ -7,6 +7,7 @@ zipped, only mapped over by structure.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,10 +120,10 @@ def numbered(tree: Tree) -> tuple[Tree, list[Any]]:
 
 
 def root_sum_squares(norms: list[Tensor]) -> Tensor:
-    """The L2 norm over a list of equal-shaped norms, without overflow or underflow."""
+    """The L2 norm over a list of equal-shaped norms, without overflow or underflow; infinite if one is."""
     stacked = torch.stack(norms)
     largest = stacked.amax(0)
-    unit = torch.where(largest > 0, largest, 1.0)
+    unit = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
     return largest * (stacked / unit).square().sum(0).sqrt()
 
 

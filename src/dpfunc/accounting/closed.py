@@ -13,6 +13,8 @@ from dpfunc.accounting.pairs import GaussianPair
 _OFF = 2.0**-49
 MARGIN = 1e-11
 """Relative error of delta, and some."""
+_TINY = 1e-321
+"""Absolute error where delta is not a normal number, and some."""
 
 
 def full_batch_delta(mu: float, epsilon: float) -> tuple[float, float]:
@@ -21,7 +23,7 @@ def full_batch_delta(mu: float, epsilon: float) -> tuple[float, float]:
     low, high = (
         float(gaussian_delta(mu * (1 + side), epsilon * (1 - side))) for side in (-_OFF, _OFF)
     )
-    return low * (1 - MARGIN), min(1.0, high * (1 + MARGIN))
+    return _outward(low, high)
 
 
 def full_batch_epsilon(mu: float, delta: float) -> tuple[float, float]:
@@ -37,11 +39,15 @@ def one_step_delta(pair: GaussianPair, name: str, epsilon: float) -> tuple[float
     if name == "remove":
         prob = pair.above[1]
         low, high = full_batch_delta(mu, _log_hit(epsilon, prob))
-        return prob * low * (1 - MARGIN), prob * high * (1 + MARGIN)
+        return _outward(prob * low, prob * high)
     prob = pair.below[1]
     end = -math.log1p(-prob) if prob < 1 else math.inf
     off = 2.0**-50 * end if prob < 1 else 0.0  # near the end its rounding is all that is left
     return _added(mu, prob, epsilon + off, end)[0], _added(mu, prob, epsilon - off, end)[1]
+
+
+def _outward(low: float, high: float) -> tuple[float, float]:
+    return max(0.0, low * (1 - MARGIN) - _TINY), min(1.0, high * (1 + MARGIN) + _TINY)
 
 
 def _added(mu: float, prob: float, epsilon: float, end: float) -> tuple[float, float]:
@@ -51,7 +57,7 @@ def _added(mu: float, prob: float, epsilon: float, end: float) -> tuple[float, f
     # prob e^epsilon - rest = e^epsilon - 1
     shifted = math.log1p(math.expm1(epsilon) / rest) if epsilon < 700 else epsilon - math.log(rest)
     low, high = full_batch_delta(mu, shifted)
-    return rest * low * (1 - MARGIN), rest * high * (1 + MARGIN)
+    return _outward(rest * low, rest * high)
 
 
 def _log_hit(epsilon: float, prob: float) -> float:

@@ -21,6 +21,7 @@ for float32, to which shorter formats are raised; 2**-53 for float64) and v = 2*
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from dpfunc import trees
 from dpfunc.gradients.norms import DOUBLE_ROUNDOFF, raised
 from dpfunc.gradients.rules import ELEMENTWISE, FlatClipping, Rescaled
-from dpfunc.mechanism import check_rule
+from dpfunc.mechanism import check_rule, noise_scales
 from dpfunc.typing import ClippingRule, Tree
 
 _SMALLEST_NORM = 1e-290
@@ -157,7 +158,8 @@ def _total(rule: ClippingRule, norms: Tree) -> Tensor:
 def _scales(rule: ClippingRule, norms: Tree, num: int) -> Tree:
     """The rule's scales for each row; the rule sees one row at a time."""
     known = rule.rule if isinstance(rule, Rescaled) else rule
-    if isinstance(known, ELEMENTWISE) or num == 0:  # vmap refuses 0
+    # By exact type: a subclass may look at the whole batch.
+    if type(known) in ELEMENTWISE or num == 0:  # vmap refuses 0
         return rule.scales(norms) if num else norms
 
     def checked(row: Tree) -> Tree:
@@ -185,13 +187,18 @@ def _kept_to_promise(rule: ClippingRule, norms: Tree, scales: Tree) -> Tree:
     )
     products = trees.map(torch.mul, scales, norms)
     total = _total(rule, products)
-    shrink = torch.where(total > rule.sensitivity, rule.sensitivity / total, 1.0)
-    own = getattr(rule, "noise_scales", None)
-    if own is not None:
-        shares = trees.map_with_paths(lambda x, width: x / width, products, own)
-        share = _total(rule, shares)
-        shrink = torch.minimum(shrink, torch.where(share > 1.0, 1.0 / share, 1.0))
+    shrink = _shrink(total, rule.sensitivity)
+    if hasattr(rule, "noise_scales"):
+        widths = partial(noise_scales, rule)
+        shares = trees.map_with_paths(lambda x, width: x / width, products, widths)
+        shrink = torch.minimum(shrink, _shrink(_total(rule, shares), 1.0))
     return trees.map(lambda s: s * shrink, scales)
+
+
+def _shrink(total: Tensor, most: float) -> Tensor:
+    """What takes a norm within its bound; 0 where the norm, or the factor itself, is out of range."""
+    factor = torch.where(total > most, most / total, 1.0)
+    return torch.where(total.isfinite() & (factor >= _SMALLEST_NORM), factor, 0.0)
 
 
 def scaled(leaf: Tensor, scale: Tensor, keep: Tensor) -> Tensor:

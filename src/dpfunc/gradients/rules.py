@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpfunc import _checks, trees
-from dpfunc.mechanism import OR_A_RULE, check_order, check_sensitivity
+from dpfunc.mechanism import OR_A_RULE, check_order, check_sensitivity, noise_scales
 from dpfunc.typing import ClippingRule, Tree
 
 
@@ -147,6 +147,9 @@ class AutomaticClipping:
         """The same scale l2_clip_norm / (norm + stabilizer) for every leaf; 0 for a norm of 0."""
         total = trees.root_sum_squares(trees.leaves(norms))
         scale = self.l2_clip_norm / (total + self.stabilizer)
+        scale = scale.clamp(
+            max=torch.finfo(scale.dtype).max
+        )  # of norms that are not normal numbers
         return _alike(norms, torch.where(total > 0, scale, 0.0))
 
 
@@ -334,14 +337,14 @@ class Rescaled:
         return self.rule.order
 
     def scales(self, norms: Tree) -> Tree:
-        # What the two divisions round, and a factor that makes no sense, `_kept_to_promise` deals with.
+        # What the two divisions round, what overflows, and a factor that makes no sense,
+        # `_kept_to_promise` deals with.
         factor = self.factor.to(torch.float64)
         scales = self.rule.scales(trees.map(lambda norm: norm / factor, norms))
         return trees.map(lambda scale: scale / factor, scales)
 
     def noise_scales(self, paths: Sequence[str]) -> Sequence[float]:
-        own = getattr(self.rule, "noise_scales", None)
-        return [self.sensitivity] * len(paths) if own is None else own(paths)
+        return noise_scales(self.rule, paths)
 
 
 ELEMENTWISE = (

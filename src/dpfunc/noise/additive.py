@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpfunc import random, trees
-from dpfunc.mechanism import DPSGD
+from dpfunc.mechanism import DPSGD, noise_scales
 from dpfunc.schedules import Schedule
 from dpfunc.typing import Key, Tree
 
@@ -56,11 +58,6 @@ def privatize(
     if noise_multiplier is not None:
         # In float64: the product may round, or vanish, in the format the multiplier came in.
         multiplier = _checked(noise_multiplier).detach().to(torch.float64)
-    own = getattr(mechanism.rule, "noise_scales", None)
-
-    def widths(paths: tuple[str, ...]) -> Sequence[float]:
-        return [mechanism.sensitivity] * len(paths) if own is None else own(paths)
-
     draw = _draw(mechanism)
 
     def release(leaf: Tensor, leaf_key: Key, width: float) -> Tensor:
@@ -72,7 +69,10 @@ def privatize(
         return mean if factor is None else mean * factor.to(leaf.dtype)
 
     return trees.map_with_tags(
-        release, clipped_sum, lambda tags: random.derive(key, random.LEAF, tags), widths
+        release,
+        clipped_sum,
+        lambda tags: random.derive(key, random.LEAF, tags),
+        partial(noise_scales, mechanism.rule),
     )
 
 
@@ -91,7 +91,7 @@ def privatize_queries(sums: dict[str, Tensor], key: Key, mechanism: DPSGD) -> di
         The noise of a query is a function of (key, its name), of standard deviation its own
         `noise_multiplier`: its sensitivity is 1.
 
-    >>> from dpfunc.mechanism import DPSGD
+    >>> from dpfunc.mechanism import DPSGD, noise_scales
     >>> mechanism = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.5, expected_batch_size=4)
     >>> privatize_queries({}, random.key(0), mechanism)
     {}
@@ -111,7 +111,10 @@ def privatize_queries(sums: dict[str, Tensor], key: Key, mechanism: DPSGD) -> di
 
 def _noisy(leaf: Tensor, key: Key, scale: Any, draw: Callable[..., Tensor]) -> Tensor:
     noise = draw(key.to(leaf.device), leaf.shape, dtype=leaf.dtype)
-    return leaf + torch.as_tensor(scale, dtype=leaf.dtype, device=leaf.device) * noise
+    exact = torch.as_tensor(scale, dtype=torch.float64, device=leaf.device)
+    near = exact.to(leaf.dtype)
+    above = torch.nextafter(near, torch.full_like(near, math.inf))
+    return leaf + torch.where(near.double() < exact, above, near) * noise  # never less noise
 
 
 def _draw(mechanism: DPSGD) -> Callable[..., Tensor]:
@@ -125,7 +128,8 @@ def _draw(mechanism: DPSGD) -> Callable[..., Tensor]:
         if not isinstance(noise, Tensor) or noise.shape != shape or noise.dtype != dtype:
             raise TypeError(
                 f"Expected noise(key, shape, dtype=dtype) to return a tensor of shape {tuple(shape)} "
-                f"and {dtype}, got {noise!r}."
+                f"and {dtype}, got {getattr(noise, 'shape', type(noise).__name__)} and "
+                f"{getattr(noise, 'dtype', 'no dtype')}."
             )
         return noise
 

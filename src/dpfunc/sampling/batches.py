@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -16,7 +17,7 @@ from dpfunc import _checks, random, trees
 from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.sampling.poisson import loading_seed, poisson_indices, uniform_subset
 from dpfunc.sampling.sources import Gather, check_workers, source
-from dpfunc.sampling.workers import Task, ahead
+from dpfunc.sampling.workers import Task, ahead, here
 from dpfunc.typing import Key, Tree
 
 
@@ -116,6 +117,7 @@ def poisson_batches(
     num_workers = _checks.integer(at_least=0, num_workers=num_workers)
     num_examples, gather = source(data, collate)
     load = partial(_batch, gather)
+    draws = not isinstance(data, (Tensor, np.ndarray, tuple, Mapping))  # or may do so, row by row
     if num_workers:
         check_workers(data)
     else:
@@ -131,9 +133,11 @@ def poisson_batches(
 
     def batches() -> Iterator[Batch]:
         steps = range(start, num_steps)
+        tasks = (Task(drawn(step), loading_seed(key, step)) for step in steps)
         if num_workers:
-            tasks = (Task(drawn(step), loading_seed(key, step)) for step in steps)
             loaded = ahead(load, tasks, num_workers)
+        elif draws:
+            loaded = (here(load, task) for task in tasks)
         else:
             loaded = (load(drawn(step)) for step in steps)
         with closing(loaded):

@@ -98,7 +98,8 @@ def _rows(data: Any, collate: Callable[[list[Any]], Tree], drawn: Tensor) -> Tre
     found = trees.map(
         lambda leaf: _as_tensor(leaf, "collate(examples)"), collate(_examples(data, indices))
     )
-    if trees.batch_size(found, "collate(examples)") != len(indices):
+    sizes = {leaf.shape[:1] for leaf in trees.leaves(found)}
+    if sizes != {(len(indices),)}:
         # Without the two numbers: how many examples were drawn is private.
         raise ValueError(
             "Expected collate to return one row for each example, got another number of rows. "

@@ -26,11 +26,27 @@ class _Loaded:
     load: Callable[[Any], Any]
 
     def __getitem__(self, task: Task) -> Any:
-        # A data set that draws (augmentation) draws the same in any worker, and again on resuming.
-        torch.manual_seed(task.seed)
-        random.seed(task.seed)
-        np.random.seed(task.seed % 2**32)
+        _seed(task.seed)
         return self.load(task.what)
+
+
+def _seed(seed: int) -> None:
+    # A data set that draws (augmentation) draws the same in any process, and again on resuming.
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def here(load: Callable[[Any], Any], task: Task) -> Any:
+    """`load(task.what)` in this process, as a worker would; its global generators stay as they were."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    _seed(task.seed)
+    try:
+        return load(task.what)
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
 
 
 def ahead(load: Callable[[Any], Any], tasks: Iterable[Task], num_workers: int) -> Generator[Any]:

@@ -43,7 +43,7 @@ def answers(
     return torch.vmap(one)(norms, losses)
 
 
-def summed(values: Tensor, mask: Tensor) -> Tensor:
+def summed(values: Tensor, mask: Tensor | None) -> Tensor:
     """The sum of what every real example answers, within [-1, 1] and 0 where it is no number."""
     values = values.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
-    return torch.where(mask, values, 0.0).sum()
+    return (values if mask is None else torch.where(mask, values, 0.0)).sum()

@@ -32,16 +32,25 @@ class PartialEvent:
     """
 
     mechanism: DPSGD
+    by_tensor: bool = True
+    """Whether the noise multiplier was a tensor."""
 
     def complete(
         self, *, noise_multiplier: float | None = None, step: int | Tensor | None = None
     ) -> StepEvent:
-        """The event, for whoever knows the number that the tensor held, or the step: `batch.step`."""
+        """The event, for whoever knows the number that the tensor held, or the step: `batch.step`.
+
+        Raises:
+            TypeError: a number where none was given as a tensor, or none where one was.
+        """
+        if self.by_tensor != (noise_multiplier is not None):
+            raise TypeError(
+                "Expected noise_multiplier= where the step got one as a tensor, and only there, got "
+                f"{noise_multiplier} for a step that {'did' if self.by_tensor else 'did not'}."
+            )
         mechanism = self.mechanism
         if noise_multiplier is not None:
             mechanism = replace(mechanism, noise_multiplier=noise_multiplier)
-        elif step is None:
-            raise ValueError("Expected noise_multiplier= or step=, got neither.")
         return mechanism.event(step)  # pyright: ignore[reportArgumentType]
 
 
@@ -59,7 +68,7 @@ def make_dp_step(
         loss: `loss(params, example) -> scalar`.
         mechanism: the record that the sampler and the accountant read too.
         update: `update(params, noisy_grads) -> params`, pure; everything it does is post-processing.
-        options: method, chunk_size, has_key, randomness, batch_axes, as for `private_grad`.
+        options: method, chunk_size, has_key, randomness, as for `private_grad`.
 
     Returns:
         `dp_step(params, batch, key, noise_multiplier=None) -> (params, event)`. Pass the run's key,
@@ -106,7 +115,8 @@ def make_dp_step(
 
 def _events(mechanism: DPSGD) -> Callable[[Tensor | None], StepEvent | PartialEvent]:
     partial = PartialEvent(mechanism)
-    event = partial if mechanism.is_scheduled else mechanism.event()
+    scheduled = mechanism.is_scheduled
+    event = PartialEvent(mechanism, by_tensor=False) if scheduled else mechanism.event()
     return lambda noise_multiplier: event if noise_multiplier is None else partial
 
 
@@ -188,4 +198,5 @@ def make_train_step(
         params = apply_updates(state.params, updates)
         return TrainState(params, inner, states, state.step + 1), event_of(noise_multiplier)
 
+    step.randomness = options.get("randomness", "error")  # pyright: ignore[reportFunctionMemberAccess]
     return init, step

@@ -71,7 +71,7 @@ def clip_and_noise(
     refuse_queries(mechanism, "clip_and_noise")
     if step is None and (mechanism.factor is not None or mechanism.is_scheduled):
         raise ValueError("Expected step= with a mechanism that has schedules, got None.")
-    noise_multiplier, factor = numbers_of(mechanism)(step or 0, {})
+    noise_multiplier, factor = numbers_of(mechanism)(0 if step is None else step, {})
     rule = as_rule(mechanism.rule)
     if factor is not None:
         rule = Rescaled(rule=rule, factor=factor)
@@ -87,12 +87,11 @@ def private_grad(
     chunk_size: int | None = None,
     has_key: bool = False,
     randomness: str = "error",
-    batch_axes: Tree = 0,
 ) -> Callable[..., Tree]:
     """Turn the loss of one example into a private mean gradient: the release point.
 
     Args:
-        loss, has_key, randomness, batch_axes: as for `per_sample_grads`.
+        loss, has_key, randomness: as for `per_sample_grads`.
         mechanism: the record that the sampler and the accountant read too.
         method, chunk_size: as for `clipped_grad`: how, never what.
 
@@ -130,7 +129,6 @@ def private_grad(
         chunk_size=chunk_size,
         has_key=has_key,
         randomness=randomness,
-        batch_axes=batch_axes,
     )
 
     def f(params: Params, batch: Batch, key: Key, noise_multiplier: Tensor | None = None) -> Tree:
@@ -224,7 +222,7 @@ def check_batch(batch: Batch) -> None:
         raise TypeError(
             f"Expected batch to be a dpfunc.Batch(data, mask, step), got {type(batch).__name__}."
         )
-    if not isinstance(batch.step, (int, Tensor)):
+    if not isinstance(batch.step, (int, Tensor)) or getattr(batch.step, "ndim", 0):
         raise TypeError(f"Expected batch.step to be a 0-d int tensor, got {batch.step!r}.")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dpfunc import random
+from dpfunc.accounting.steplog.disk import sync_folder
 from dpfunc.typing import Key
 
 _ADVICE = "The key of a run is a secret for as long as anything that was released exists."
@@ -23,11 +25,18 @@ def write_key(path: Path, key: Key) -> None:
     """
     random.check_key(key)
     text = key.cpu().to(torch.int64).numpy().astype("<u4").tobytes().hex()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor, whole = tempfile.mkstemp(
+        dir=path.parent, prefix=path.name, suffix=".part"
+    )  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(whole, path)  # which, unlike a rename, replaces nothing
+    finally:
+        os.unlink(whole)
+    sync_folder(path.parent)
 
 
 def read_key(path: Path) -> Key:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dpfunc.events import StepEvent
 from dpfunc.mechanism import DPSGD, check_mechanism
 from dpfunc.sampling import Batch
-from dpfunc.step import TrainState
+from dpfunc.step import PartialEvent, TrainState
 from dpfunc.typing import Key
 
 
@@ -47,11 +47,13 @@ def train(
         Iterator over `Trained(state, event, metrics)`, one for each batch.
 
     Guarantees:
-        The event is that of the step's own number, schedules included.
+        The event is that of the step's own number, schedules included, and of the mechanism that
+        the step was made from. A batch is taken once: under one key it is one release.
         Nothing runs ahead: step t is computed when its result is asked for.
 
     Raises:
-        TypeError: mechanism is no DPSGD. Others as `step`.
+        TypeError: mechanism is no DPSGD. ValueError: a batch of another step than the state's, or a
+            step of another mechanism. Others as `step`.
 
     Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
 
@@ -68,8 +70,21 @@ def train(
 
     def steps(state: TrainState) -> Iterator[Trained]:
         for batch in batches:
-            state, _ = step(state, batch, key)
+            if int(batch.step) != int(state.step):
+                raise ValueError(
+                    f"Expected the batch of step {int(state.step)}, got that of {int(batch.step)}. Every step "
+                    "is a draw, and a release, of its own: no batch comes twice."
+                )
+            state, event = step(state, batch, key)
+            ran = (
+                event.mechanism.event(int(batch.step)) if isinstance(event, PartialEvent) else event
+            )
+            if ran != mechanism.event(int(batch.step)):
+                raise ValueError(
+                    f"Expected a step of this mechanism, whose event is {mechanism.event(int(batch.step))}, got "
+                    f"one that released {ran}."
+                )
             metrics = {name: value.item() for name, value in state.mechanism.items()}
-            yield Trained(state, mechanism.event(int(batch.step)), metrics)
+            yield Trained(state, ran, metrics)
 
     return steps(state)

@@ -20,6 +20,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,10 @@ class SavedRun(Run):
         attempt: int,
         about: dict[str, Any],
         history: list[dict[str, float]],
+        code: Callable[[], str],
     ) -> None:
         super().__init__(key if attempt == 0 else random.fold_in(key, attempt), state, saving.every)
+        self.code, self.code_at_start = code, code()
         self.file, self.attempt, self.about = file, attempt, about
         self.path = Path(saving.folder) / CHECKPOINT
         self.history = history
@@ -138,6 +141,12 @@ class SavedRun(Run):
 
     def checkpoint(self) -> None:
         step = int(self.state.step)
+        if self.code() != self.code_at_start:
+            raise RuntimeError(
+                "Expected a step that stays what it is while the run goes on, got one that something changed: "
+                "does evaluate leave a module in .eval(), or does the loss count its calls? The run could not "
+                "be repeated from here. The last checkpoint and the log stand."
+            )
         if step < self.declared:
             self.file.stop(step, attempt=self.attempt)
             self._read()
@@ -166,24 +175,25 @@ def open_run(
     """Begin the run of a folder, or go on with it."""
     folder = Path(saving.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / CHECKPOINT).exists()
+    key = _key_of(folder, key, begun)
+    _check_randomness(step)
     about = {
         "mechanism": _in_words(mechanism),
-        "code": fingerprint.of_code(step),
-        "data": fingerprint.of_data(data),
+        "code": fingerprint.keyed(fingerprint.of_code(step, mechanism), key),
+        "data": fingerprint.keyed(fingerprint.of_data(data), key),
         **made_of,
         **fingerprint.of_machine(trees.leaves(state.params)[0].device),
     }
-    begun = (folder / CHECKPOINT).exists()
-    key = _key_of(folder, key, begun)
     attempt, head, history = 0, None, []
     if begun:
         state, before = load_checkpoint(folder / CHECKPOINT, state)
         attempt, head, history = (before.pop(name) for name in ("attempt", "head", "history"))
         del before["step"]
-        changed = fingerprint.differences(before, about)
+        changed = _differences(before, about)
         if changed and not saving.allow_changes:
             raise ValueError(
-                f"Expected to go on with the run in {folder} as it was begun, but {changed}. To run its "
+                f"Expected to go on with the run in {folder} as it was begun, but changed: {changed}. To run its "
                 "steps again in any other way would give their noise away. Go on with "
                 "Saving(allow_changes=True): a new attempt, with noise of its own, and both counted."
             )
@@ -197,7 +207,8 @@ def open_run(
                 f"Expected {folder} to hold {CHECKPOINT} beside a log that counts steps, found none. What ran "
                 "cannot be run again: begin in another folder, and count this log too."
             )
-        run = SavedRun(key, state, saving, file, attempt, about, history)
+        code = partial(fingerprint.of_code, step, mechanism)
+        run = SavedRun(key, state, saving, file, attempt, about, history, code)
         if run.attempt not in file.run.attempts:
             run.checkpoint()  # what the attempt is made of, before anything of it is declared
         yield run
@@ -218,6 +229,27 @@ def _key_of(folder: Path, key: Key | None, begun: bool) -> Key:
             f"Expected the key of the run, which is in {path}, got another. Pass key=None to go on."
         )
     return stored if key is None else key
+
+
+def _check_randomness(step: Any) -> None:
+    step = getattr(step, "_torchdynamo_orig_callable", step)
+    if getattr(step, "randomness", "error") != "error":
+        raise ValueError(
+            "Expected a saved run to draw nothing from torch's global generator (randomness='error'), got "
+            f"randomness={step.randomness!r}: its steps could not be repeated. Use a loss with a key (has_key=True)."
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is no longer the same, in words; fingerprints by their name alone."""
+    said = [
+        name
+        if name in ("code", "data", "batches")
+        else f"{name} was {was!r:.200} and is {is_!r:.200}"
+        for name in sorted({*before, *now})
+        if (was := before.get(name)) != (is_ := now.get(name))
+    ]
+    return "; ".join(said)
 
 
 def _in_words(mechanism: DPSGD) -> dict[str, str]:
