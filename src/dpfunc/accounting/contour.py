@@ -62,10 +62,13 @@ class Contour(NamedTuple):
     scale_error: float
     error: float
     """Of the sum of terms, all but its rounding."""
+    sizes: tuple[float, float]
+    """Sums of the moduli of the terms, and of t times those."""
     spacing: float
-    lambdas: Array
-    log_moments: Array
-    """K at the lambdas, rounded up, with Chernoff's constant."""
+    row: Row | None = None
+    """Around the tilt: for the aliases."""
+    aliases: tuple[tuple[Array, Array], ...] = ()
+    """For those above epsilon and those below: tilts and, with Chernoff's constant, what they bound."""
 
 
 class Row(NamedTuple):
@@ -93,21 +96,27 @@ def contour(
     log_delta: float | None = None,
     epsilon: float | None = None,
 ) -> Contour | None:
-    """The contour for one point of the privacy profile, given by its delta or its epsilon, or by both.
+    """The contour for one point of the privacy profile, given by its delta or its epsilon.
 
     Returns None where the sum would take too many nodes: few steps, or rarely hit ones.
     """
     try:
-        return _contour(steps, log_delta, epsilon)
+        found = _saddle(steps, log_delta, epsilon)
+        return None if found is None else _planned(steps, *found)
     except moments.TooManyNodes:
         return None
 
 
-def _contour(steps: Steps, log_delta: float | None, epsilon: float | None) -> Contour | None:
-    found = _saddle(steps, log_delta, epsilon)
-    if found is None:
+def _closer(steps: Steps, at: Contour, epsilon: float, log_delta: float) -> Contour | None:
+    """The same, planned anew: the aliases were planned for a guess, and now more is known."""
+    try:
+        return None if at.row is None else _planned(steps, at.row, epsilon, log_delta)
+    except moments.TooManyNodes:
         return None
-    row, epsilon, log_delta = found
+
+
+def _planned(steps: Steps, row: Row, epsilon: float, log_delta: float) -> Contour | None:
+    """The contour for a point of the profile that is near the saddle points of the row."""
     chernoff = row.ceiling - row.theta * epsilon
     chosen = _choose(row.theta, row.value - row.theta * epsilon, chernoff - log_delta - _SMALL)
     if chosen is None:
@@ -124,7 +133,15 @@ def _contour(steps: Steps, log_delta: float | None, epsilon: float | None) -> Co
     if sum(one.at.x.size for one in tilted) * size > _WORK:
         return None
     at = _sum(steps, theta, tilted, spacing, size, log_tail)
-    return at._replace(planned=epsilon, lambdas=row.theta, log_moments=row.ceiling)
+    log_alias = row.ceiling - _log_expm1(np.abs(row.theta - theta) * period)
+    parts = slice(index + 1, None), slice(index)
+    aliases = tuple((row.theta[part], log_alias[part]) for part in parts)
+    return at._replace(planned=epsilon, row=row, aliases=aliases)
+
+
+def _log_expm1(x: Array) -> Array:
+    """log(e^x - 1), -inf at 0."""
+    return x + np.log(np.maximum(-np.expm1(-x), 1e-300))
 
 
 def _reach(
@@ -142,26 +159,20 @@ def _reach(
 
 def log_delta_bounds(at: Contour, epsilon: float) -> tuple[float, float, float]:
     """log of a lower and an upper bound on delta, and d log delta / d epsilon; -inf for a bound of 0."""
-    theta = at.z[0].real
-    t = at.z.imag
-    turned = at.terms * np.exp(1j * t * (at.mean - epsilon))
-    total, slope = turned.sum().real, -(turned * at.z).sum().real
-    sizes = np.abs(at.terms)
+    theta = float(at.z[0].real)
+    turned = at.terms * np.exp((at.z - theta) * (at.mean - epsilon))
+    total, slope = float(turned.sum().real), -float((turned @ at.z).real)
     phase_error = at.mean_error + 4 * UNIT * (abs(at.mean) + abs(epsilon))
-    rounding = float(sizes @ (UNIT * (len(t) + 16) + t * phase_error))
-    error = at.error + rounding
+    size, moment = at.sizes
+    error = at.error + UNIT * (len(turned) + 16) * size + phase_error * moment
     log_scale = at.log_scale - theta * epsilon
     scale_error = at.scale_error + 4 * UNIT * (abs(at.log_scale) + abs(theta * epsilon))
-    chernoff = at.log_moments - at.lambdas * epsilon
-    gap = (at.lambdas - theta) * 2 * math.pi / at.spacing
-    with np.errstate(divide="ignore", over="ignore"):
-        aliases = chernoff - np.log(np.expm1(np.minimum(np.abs(gap), 700.0)))
-    above, below = aliases[gap > 0], aliases[gap < 0]
-    alias = math.exp(min(above.min() - log_scale, 700)) + math.exp(
-        min(below.min() - log_scale, 700)
+    alias = sum(
+        math.exp(min(float((logs - lambdas * epsilon).min()) - log_scale, 700.0))
+        for lambdas, logs in at.aliases
     )
     upper = _log(total + error) + log_scale + scale_error
-    lower = _log(total - error - alias) + log_scale - scale_error
+    lower = _log(total - error - alias) + log_scale - scale_error if at.aliases else -math.inf
     return lower, upper, slope / total if total > 0 else -theta
 
 
@@ -252,13 +263,11 @@ def _guess(steps: Steps, log_delta: float | None, epsilon: float | None) -> floa
 def _choose(lambdas: Array, exponents: Array, excess: Array) -> tuple[int, float] | None:
     """The tilt whose aliases are small with the shortest period, of those that cancel few digits."""
     distance = lambdas[None, :] - lambdas[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        needed = np.where(
-            distance != 0, np.maximum(excess, 1.0)[None, :] / np.abs(distance), math.inf
-        )
+    np.fill_diagonal(distance, math.nan)
+    needed = np.maximum(excess, 1.0) / np.abs(distance)
     periods = np.maximum(
-        np.where(distance > 0, needed, math.inf).min(1),
-        np.where(distance < 0, needed, math.inf).min(1),
+        needed.min(1, where=distance > 0, initial=math.inf),
+        needed.min(1, where=distance < 0, initial=math.inf),
     )
     periods[(exponents > exponents.min() + _DIGITS) | (lambdas == 0)] = math.inf
     best = int(periods.argmin())
@@ -327,7 +336,6 @@ def _sum(
     off = np.minimum(
         sizes * np.expm1(np.minimum(error, 700)), sizes + np.abs(weight) * np.exp(ceiling)
     )
-    total_error = float(off.sum()) + math.exp(min(log_tail, 700.0))
     return Contour(
         planned=math.nan,
         z=z,
@@ -336,10 +344,9 @@ def _sum(
         mean_error=mean_error,
         log_scale=log_scale,
         scale_error=scale_error,
-        error=total_error,
+        error=float(off.sum()) + math.exp(min(log_tail, 700.0)),
+        sizes=(float(sizes.sum()), float(sizes @ t)),
         spacing=spacing,
-        lambdas=np.array([0.0, 2 * theta]),
-        log_moments=np.full(2, math.inf),
     )
 
 
@@ -380,16 +387,18 @@ def epsilon_bounds(steps: Steps, log_delta: float, than: Found | None = None) ->
     center = _solve(at, log_delta)
     bounds = _outward(at, center, log_delta)
     for _ in range(3):
-        if bounds[1] - bounds[0] <= 1e-7 * max(1.0, abs(center)):
+        width = bounds[1] - bounds[0]
+        if width <= 1e-7 * max(1.0, abs(center)):
             break
-        # The aliases were planned for a guess of epsilon: now more is known.
-        again = contour(steps, log_delta=log_delta, epsilon=center)
+        again = _closer(steps, at, center, log_delta)
         if again is None:
             break
         center = _solve(again, log_delta)
         closer = _outward(again, center, log_delta)
         bounds = max(bounds[0], closer[0]), min(bounds[1], closer[1])
         at = again
+        if not bounds[1] - bounds[0] <= 0.5 * width:
+            break
     return Found(*bounds, at)
 
 
@@ -400,7 +409,7 @@ def delta_bounds(steps: Steps, epsilon: float) -> tuple[float, float]:
         return -math.inf, chernoff(steps, epsilon)
     low, high, _ = log_delta_bounds(at, epsilon)
     if not high - low <= 1e-7:
-        again = contour(steps, epsilon=epsilon, log_delta=min(high, 0.0))
+        again = _closer(steps, at, epsilon, min(high, 0.0))
         if again is not None:
             closer, closest, _ = log_delta_bounds(again, epsilon)
             low, high = max(low, closer), min(high, closest)
@@ -409,16 +418,16 @@ def delta_bounds(steps: Steps, epsilon: float) -> tuple[float, float]:
 
 def _solve(at: Contour, log_delta: float) -> float:
     """Where the sum itself meets delta: Newton's method on its logarithm, between moving ends."""
-    theta, t = at.z[0].real, at.z.imag
+    theta = float(at.z[0].real)
     low, high, epsilon = -math.inf, math.inf, at.planned
-    noise = at.error + 64 * UNIT * float(np.abs(at.terms).sum())
+    noise = at.error + 64 * UNIT * at.sizes[0]
     for _ in range(80):
-        turned = at.terms * np.exp(1j * (t * (at.mean - epsilon)))
-        total = turned.sum().real
+        turned = at.terms * np.exp((at.z - theta) * (at.mean - epsilon))
+        total = float(turned.sum().real)
         longest = 10 / theta + 0.1 * abs(epsilon)
         if total > noise:
             excess = math.log(total) + at.log_scale - theta * epsilon - log_delta
-            step = excess * total / (turned @ at.z).real
+            step = excess * total / float((turned @ at.z).real)
             if not -longest < step < longest:
                 step = math.copysign(longest, excess)
         else:  # so far out that nothing but rounding is left

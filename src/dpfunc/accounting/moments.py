@@ -142,10 +142,20 @@ def _mean_shift(weights: Array, x: Array, noise: Array) -> Array:
     return sum((j * share for j, share in enumerate(given, 1)), np.zeros_like(x)) / noise
 
 
-def _rise(power: Array, exponent: Array, weight: Array) -> Array:
-    """weight (e^power - 1), where exponent = power + log weight; of use where its sum is below 1."""
-    near = np.expm1(np.minimum(power, 1)) * weight
-    return np.where(power < 1, near, np.exp(np.minimum(exponent, 9)) - weight)
+def _rise(power: Array, whole: Array, weight: Array) -> Array:
+    """weight (e^power - 1), where whole = weight e^power or, beyond e^9, less."""
+    near = np.expm1(np.minimum(power, 1))
+    near *= weight
+    return np.where(power < 1, near, whole - weight)
+
+
+def _rises(weights: Array, density: Array, at: Nodes, weight: Array) -> tuple[Any, Any, Any]:
+    """Of weight (e^density - 1): the sum, that of the moduli, and what both leave out at the ends."""
+    if weights.shape[1] == 1:
+        return 0.0, 0.0, 0.0
+    rise = _rise(density, np.exp(np.minimum(density + at.log_weight, 9)), weight)
+    size = np.abs(rise)
+    return rise.sum(-1), size.sum(-1), ends(at, size)
 
 
 class Tilt(NamedTuple):
@@ -171,6 +181,7 @@ class Moments(NamedTuple):
     mean: Array
     """Of the loss."""
     variance: Array
+    """A guide, not a bound."""
     log_moment: Array
     """log M"""
     rounding: Array
@@ -183,34 +194,39 @@ def tilted(stack: Stack, at: Nodes, thetas: Array) -> Moments:
     """The law of the loss under e^(theta L) P, and its log moment."""
     theta = thetas[:, None]
     loss = at.above - at.below
-    power = at.above + theta[..., None] * loss
-    exponent = power + at.log_weight
-    top = exponent.max(-1, keepdims=True)
-    p = np.exp(exponent - top)
+    power = theta[..., None] * loss
+    power += at.above
+    p = power + at.log_weight
+    top = p.max(-1, keepdims=True)
+    p -= top
+    np.exp(p, out=p)
     total = p.sum(-1, keepdims=True)
     p /= total
     log_moment = (top + np.log(total))[..., 0]
-    of_above = _wobble(stack.above, at.above, at.x, stack.noise)
-    of_below = _wobble(stack.below, at.below, at.x, stack.noise)
-    of_above, of_below = (p * of_above).sum(-1), (p * of_below).sum(-1)
+    # The means under p of all that is known of a node, as one product of matrices.
+    known = np.empty((*loss.shape, 5))
+    known[..., 0], known[..., 1], known[..., 2] = loss, loss * loss, at.x * at.x
+    known[..., 3] = _wobble(stack.above, at.above, at.x, stack.noise)
+    known[..., 4] = _wobble(stack.below, at.below, at.x, stack.noise)
+    mean, square, of_x, of_above, of_below = (p.swapaxes(0, 1) @ known).T
     wobble = (1 + theta) * of_above + theta * of_below
-    rounding = UNIT * (40 + (p * at.x**2).sum(-1) + wobble) + ends(at, p)
+    rounding = UNIT * (40 + of_x + wobble) + ends(at, p)
     near = log_moment < 0.7
     if near.any():
         # E[e^a] = E[e^b] = 1, so M - 1 = E[e^power - 1 - (1 + theta)(e^a - 1) + theta (e^b - 1)]: where
-        # a step is nearly nothing, this difference is what has the digits.
+        # a step is nearly nothing, this difference is what has the digits. No node adds less than 0 to
+        # it, so the moduli of e^power - 1 add up to no more than it and those of the other two.
         weight = np.exp(at.log_weight)
-        above = _rise(at.above, at.above + at.log_weight, weight)
-        below = _rise(at.below, at.below + at.log_weight, weight)
-        straight = (1 + theta[..., None]) * above - theta[..., None] * below
-        excess = (_rise(power, exponent, weight) - straight).sum(-1)
-        size = (1 + theta[..., None]) * np.abs(above) + theta[..., None] * np.abs(below)
-        error = UNIT * (wobble + 40 * size.sum(-1)) + ends(at, p + weight + size)
+        above = _rises(stack.above, at.above, at, weight)
+        below = _rises(stack.below, at.below, at, weight)
+        straight, size, outside = ((1 + theta) * a + s * theta * b for a, b, s in zip(above, below, (-1, 1, 1), strict=True))
+        rise = _rise(power, p * (total * np.exp(np.minimum(top, 9))), weight)
+        excess = rise.sum(-1) - straight
+        error = UNIT * (wobble + 80 * size + 40 * np.abs(excess)) + ends(at, p + weight) + outside
         error += (3 + 2 * theta) * at.error  # of the two further expectations
         log_moment = np.where(near, np.log1p(np.where(near, excess, 0)), log_moment)
         rounding = np.where(near, 2 * error, rounding)
-    mean = (p * loss).sum(-1)
-    variance = (p * (loss - mean[..., None]) ** 2).sum(-1)
+    variance = square - mean * mean
     return Moments(p, mean, variance, log_moment, rounding, of_above + of_below)
 
 
