@@ -12,7 +12,7 @@ bounds |E_p[e^(i u L)]| for *all* u >= t. Near y = t L'(x) / 2 it is close to wh
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ _NEGLIGIBLE = 1e-19
 
 
 class Characteristic(NamedTuple):
-    """Sum over pairs of count log E_p[e^(i t (L - mean))] at each t."""
+    """Sum over pairs of count log E_p[e^(i t (L - mean))] at each t; with an axis of tilts if they have one."""
 
     value: NDArray[np.complex128]
     error: Array
@@ -37,51 +37,51 @@ def log_characteristic(
     stack: Stack, at: Nodes, tilted: Tilt, spacing: float, size: int
 ) -> Characteristic:
     """The characteristic function of the centred loss at t = spacing * (0, ..., size - 1)."""
-    loss = at.above - at.below - tilted.mean[:, None]
-    kept = tilted.p.max(0) > _NEGLIGIBLE
-    p, loss = tilted.p[:, kept], loss[:, kept]
-    dropped = tilted.p[:, ~kept].sum(-1) + ends(at, tilted.p)
+    nodes = at.x.shape[-1]
+    loss = (at.above - at.below - tilted.mean[..., None]).reshape(-1, nodes)
+    every = tilted.p.reshape(-1, nodes)
+    kept = every.max(0) > _NEGLIGIBLE
+    p, loss = every[:, kept], loss[:, kept]
+    dropped = every[:, ~kept].sum(-1) + ends(at, tilted.p).ravel()
     # e^(i t L) for t = coarse + fine is a product, and its mean over nodes a matrix product: sqrt(size)
     # exponentials instead of size. e^(i u) - 1 in place of e^(i u) keeps the digits of small angles.
     fine_size = size if size * len(p) <= 64 else math.ceil(math.sqrt(size))
     fine = _turns(spacing * loss, fine_size)
-    mean_fine = (fine @ p[..., None])[..., 0]
-    if fine_size == size:
-        change = mean_fine
-    else:
+    change = (fine @ p[..., None])[..., 0]
+    if fine_size < size:
         coarse = _turns(spacing * fine_size * loss, math.ceil(size / fine_size)) * p[:, None, :]
-        change = coarse @ fine.swapaxes(1, 2)
-        change += coarse.sum(-1, keepdims=True) + mean_fine[:, None, :]
-        change = change.reshape(len(p), -1)[:, :size]
+        sums = coarse @ fine.swapaxes(1, 2)
+        sums += coarse.sum(-1, keepdims=True) + change[:, None, :]
+        change = sums.reshape(len(p), -1)[:, :size]
     re, im = change.real, change.imag
-    size_squared = 2 * re + re * re + im * im  # less 1
-    with np.errstate(divide="ignore"):
-        modulus = np.where(
-            size_squared > -0.5,
-            0.5 * np.log1p(np.maximum(size_squared, -0.5)),
-            np.log(np.hypot(1 + re, im)),
-        )
-    logs = modulus + 1j * np.arctan2(im, 1 + re)
+    whole = 1 + re
+    squared = 2 * re + re * re + im * im  # the modulus, squared, less 1
+    modulus = 0.5 * np.log1p(np.maximum(squared, -0.5))
+    far = squared <= -0.5
+    if far.any():
+        modulus[far] = np.log(np.maximum(np.hypot(whole[far], im[far]), 1e-300))
     t = spacing * np.arange(size)
     spread = np.minimum(np.multiply.outer((p * np.abs(loss)).sum(-1), t), 2.0)
     error = UNIT * (
-        np.multiply.outer(tilted.wobble, 1 + t)
+        np.multiply.outer(tilted.wobble.ravel(), 1 + t)
         + 2 * (8 * math.ceil(math.log2(size + 1)) + loss.shape[1]) * spread
     )
-    error += (2 * tilted.rounding + 2 * dropped + at.error)[:, None]
-    length = np.abs(1 + change)
-    relative = error / np.maximum(length - error, 1e-300)
-    # Of a grid some counts are negative: what they take away is as little as it can be.
+    error += (2 * tilted.rounding.ravel() + 2 * dropped + at.error)[:, None]
+    length = np.exp(modulus)
+    least = np.maximum(length - error, 1e-300)
     most = np.minimum(length + error, 1.0)
     if stack.shape is not None:
-        least = np.maximum(length - error, 1e-300)
+        # Of a grid some counts are negative: what they take away is as little as it can be.
         most = np.where(stack.counts[:, None] > 0, most, least)
-    smooth = logs + 1j * np.multiply.outer(tilted.mean, t)
+    logs = np.empty(change.shape, complex)
+    logs.real, logs.imag = modulus, np.arctan2(im, whole)
+    rounding = error / least + UNIT * (8 + len(stack.counts)) * np.abs(logs)
+    apart = (*tilted.p.shape[:-1], size)
+    off = np.abs(stack.counts) @ rounding.reshape(apart)
+    if stack.shape is not None:
+        off += stack.interpolation_error(logs + 1j * np.multiply.outer(tilted.mean, t))
     return Characteristic(
-        stack.counts @ logs,
-        np.abs(stack.counts) @ (relative + UNIT * (8 + len(logs)) * np.abs(logs))
-        + stack.interpolation_error(smooth),
-        stack.counts @ np.log(most),
+        stack.counts @ logs.reshape(apart), off, stack.counts @ np.log(most).reshape(apart)
     )
 
 
@@ -99,7 +99,7 @@ def _turns(angle: Array, size: int) -> NDArray[np.complex128]:
     return turns
 
 
-def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> float:
+def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> Any:
     """Upper bound on sum of count log |E_p[e^(i u L)]| for all u >= t.
 
     The integral over the curve is a trapezoid sum whose error, unlike that of `nodes`, is an estimate:
@@ -125,8 +125,8 @@ def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> float:
         y * y / 2 + (1 + tilted.theta) * size_p - tilted.theta * size_q - t * (angle_p - angle_q)
     )
     change = _grown(tilted.p, exponent + 0.5 * np.log1p(turned * turned))
-    whole, half = change.sum(-1), 2 * change[:, ::2].sum(-1)
-    return float(stack.counts @ np.log1p(np.minimum(whole + 2 * np.abs(whole - half), 0.0)))
+    whole, half = change.sum(-1), 2 * change[..., ::2].sum(-1)
+    return np.log1p(np.minimum(whole + 2 * np.abs(whole - half), 0.0)) @ stack.counts
 
 
 def _grown(p: Array, exponent: Array) -> Array:

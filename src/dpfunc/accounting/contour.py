@@ -295,7 +295,7 @@ def _log_tail(steps: Steps, tilted: list[Tilted], t_last: float) -> float:
     """log of a bound on what the terms beyond t_last add up to, over e^(K(theta) - theta epsilon)."""
     bound = -((steps.mu * t_last) ** 2) / 2
     for stack, at, tilt in tilted:
-        bound += decay(stack, at, tilt, t_last)
+        bound = bound + decay(stack, at, tilt, t_last)
     # They are (2 / T) sum of e^bound / t_j^2, and the sum of 1 / t_j^2 is at most T / (2 pi t_last).
     return bound - math.log(math.pi * t_last)
 

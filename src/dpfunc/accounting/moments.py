@@ -91,19 +91,30 @@ class Nodes(NamedTuple):
     """Of any sum, relative to M(theta): what the shift argument leaves."""
 
 
-def nodes(stack: Stack, theta: float, t: float = 0.0, finest: float = math.inf) -> Nodes:
-    """Nodes that serve every tilt in [0, theta] and every |Im z| <= t."""
+def nodes(
+    stack: Stack,
+    theta: float,
+    t: float = 0.0,
+    finest: float = math.inf,
+    *,
+    both: bool = False,
+) -> Nodes:
+    """Nodes that serve every tilt in [0, theta] and every |Im z| <= t; both: in [-1 - theta, -1] too."""
     noise = stack.noise[:, 0]
     of_p, of_q = stack.above.shape[1] - 1, stack.below.shape[1] - 1
     precision = 38.0 + max(0.0, math.log(np.abs(stack.counts).sum()))
-    depth = np.minimum(_DEEPEST, (0.6 if of_q else 0.9) * math.pi * noise / max(of_p, of_q))
-    phase = (of_p + of_q) * depth / noise
-    loss = precision + depth**2 / 2 + t * phase - theta * np.log(np.cos(of_q * depth / 2 / noise))
+    falls = max(of_p, of_q) if both else of_q  # the density with the power -theta
+    depth = np.minimum(_DEEPEST, (0.6 if falls else 0.9) * math.pi * noise / max(of_p, of_q))
+    loss = precision + depth**2 / 2 + t * (of_p + of_q) * depth / noise
+    if falls:
+        loss = loss - theta * np.log(np.cos(falls * depth / 2 / noise))
     reach = math.sqrt(2 * precision)
     right = of_p * (1 + theta) / noise
-    if of_q:
-        right = right + _settles(stack, theta, right)
-    left = reach + of_q / noise  # Q, of which `tilt` takes E[e^b - 1], is centred there
+    right = right + _settles(stack.below, noise, theta, right)
+    left = reach + of_q / noise  # Q, of which `tilted` takes E[e^b - 1], is centred there
+    if both:
+        left = left + of_q * theta / noise
+        left = left + _settles(stack.above, noise, theta, left - reach)
     width = left + right + reach
     size = math.ceil((width / np.minimum(2 * math.pi * depth / loss, finest)).max()) + 1
     if size * len(noise) > _MOST_NODES:
@@ -116,14 +127,16 @@ def nodes(stack: Stack, theta: float, t: float = 0.0, finest: float = math.inf) 
     return Nodes(x, log_weight, above, below, step, 2 * math.exp(-precision))
 
 
-def _settles(stack: Stack, theta: float, start: Array) -> Array:
-    """How far past `start` the slope of -theta b can still be above that of the Gaussian."""
-    steepest = (stack.below.shape[1] - 1) * theta / stack.noise
-    slope = theta * _mean_shift(stack.below, -start[:, None], stack.noise)[:, 0]
+def _settles(weights: Array, noise: Array, theta: float, start: Array) -> Array | float:
+    """How far past `start` the slope of -theta times a log density can still be above the Gaussian's."""
+    if weights.shape[1] == 1:
+        return 0.0
+    noise = noise[:, None]
+    slope = theta * _mean_shift(weights, -start[:, None], noise)[:, 0]
     if (slope < 2).all():
         return slope
-    further = np.linspace(0, 1, 65) ** 3 * steepest
-    slope = theta * _mean_shift(stack.below, -(further + start[:, None]), stack.noise)
+    further = np.linspace(0, 1, 65) ** 3 * ((weights.shape[1] - 1) * theta / noise)
+    slope = theta * _mean_shift(weights, -(further + start[:, None]), noise)
     return further[np.arange(len(further)), (further >= slope).argmax(1)]
 
 
@@ -149,49 +162,29 @@ def _rise(power: Array, whole: Array, weight: Array) -> Array:
     return np.where(power < 1, near, whole - weight)
 
 
-def _rises(weights: Array, density: Array, at: Nodes, weight: Array) -> tuple[Any, Any, Any]:
-    """Of weight (e^density - 1): the sum, that of the moduli, and what both leave out at the ends."""
-    if weights.shape[1] == 1:
-        return 0.0, 0.0, 0.0
-    rise = _rise(density, np.exp(np.minimum(density + at.log_weight, 9)), weight)
-    size = np.abs(rise)
-    return rise.sum(-1), size.sum(-1), ends(at, size)
-
-
 class Tilt(NamedTuple):
-    """The tilted law of each pair."""
+    """The tilted law of each pair; all arrays may have an axis of tilts in front."""
 
-    theta: float
+    theta: Any
+    """A number, or (tilts, 1, 1)."""
     p: Array
     """(pairs, nodes)"""
     mean: Array
-    """(pairs,), like the rest."""
-    log_moment: Array
-    rounding: Array
-    """Bound on the error of log_moment."""
-    wobble: Array
-    """Mean error of the loss at a node, in units in the last place."""
-
-
-class Moments(NamedTuple):
-    """A stack under some tilts: arrays are (tilts, pairs), and p with its nodes."""
-
-    p: Array
-    """The tilted law."""
-    mean: Array
-    """Of the loss."""
+    """(pairs,), like the rest: of the loss."""
     variance: Array
     """A guide, not a bound."""
     log_moment: Array
-    """log M"""
     rounding: Array
     """Bound on the error of log_moment, all but that of the quadrature."""
     wobble: Array
     """Mean error of the loss at a node, in units in the last place."""
 
 
-def tilted(stack: Stack, at: Nodes, thetas: Array) -> Moments:
-    """The law of the loss under e^(theta L) P, and its log moment."""
+def tilted(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
+    """The law of the loss under e^(theta L) P, and its log moment, at some tilts.
+
+    The tilt -1 - theta is theta in the other direction, in which the loss is -L.
+    """
     theta = thetas[:, None]
     loss = at.above - at.below
     power = theta[..., None] * loss
@@ -209,33 +202,44 @@ def tilted(stack: Stack, at: Nodes, thetas: Array) -> Moments:
     known[..., 3] = _wobble(stack.above, at.above, at.x, stack.noise)
     known[..., 4] = _wobble(stack.below, at.below, at.x, stack.noise)
     mean, square, of_x, of_above, of_below = (p.swapaxes(0, 1) @ known).T
-    wobble = (1 + theta) * of_above + theta * of_below
+    of_p, of_q = np.abs(1 + theta), np.abs(theta)
+    wobble = of_p * of_above + of_q * of_below
     rounding = UNIT * (40 + of_x + wobble) + ends(at, p)
     near = log_moment < 0.7
     if near.any():
         # E[e^a] = E[e^b] = 1, so M - 1 = E[e^power - 1 - (1 + theta)(e^a - 1) + theta (e^b - 1)]: where
-        # a step is nearly nothing, this difference is what has the digits. No node adds less than 0 to
-        # it, so the moduli of e^power - 1 add up to no more than it and those of the other two.
+        # a step is nearly nothing, this difference is what has the digits.
         weight = np.exp(at.log_weight)
-        above = _rises(stack.above, at.above, at, weight)
-        below = _rises(stack.below, at.below, at, weight)
-        straight, size, outside = ((1 + theta) * a + s * theta * b for a, b, s in zip(above, below, (-1, 1, 1), strict=True))
-        rise = _rise(power, p * (total * np.exp(np.minimum(top, 9))), weight)
-        excess = rise.sum(-1) - straight
-        error = UNIT * (wobble + 80 * size + 40 * np.abs(excess)) + ends(at, p + weight) + outside
-        error += (3 + 2 * theta) * at.error  # of the two further expectations
-        log_moment = np.where(near, np.log1p(np.where(near, excess, 0)), log_moment)
+        excess = _rise(power, p * (total * np.exp(np.minimum(top, 9))), weight)
+        size, lost = 0.0, ends(at, p + weight)
+        for factor, weights, density in (
+            (1 + theta, stack.above, at.above),
+            (-theta, stack.below, at.below),
+        ):
+            if weights.shape[1] > 1:
+                rise = _rise(density, np.exp(np.minimum(density + at.log_weight, 9)), weight)
+                excess -= factor[..., None] * rise
+                rise = np.abs(rise, out=rise)
+                size = size + np.abs(factor) * rise.sum(-1)
+                lost = lost + np.abs(factor) * ends(at, rise)
+        error = UNIT * (wobble + 40 * size) + lost
+        error += (2 + of_p + of_q) * at.error  # of the two further expectations
+        log_moment = np.where(near, np.log1p(np.where(near, excess.sum(-1), 0)), log_moment)
         rounding = np.where(near, 2 * error, rounding)
-    variance = square - mean * mean
-    return Moments(p, mean, variance, log_moment, rounding, of_above + of_below)
+    return Tilt(
+        theta[..., None],
+        p,
+        mean,
+        square - mean * mean,
+        log_moment,
+        rounding,
+        of_above + of_below,
+    )
 
 
 def tilt(stack: Stack, at: Nodes, theta: float) -> Tilt:
     """The same under one tilt."""
-    every = tilted(stack, at, np.array([theta]))
-    return Tilt(
-        theta, every.p[0], every.mean[0], every.log_moment[0], every.rounding[0], every.wobble[0]
-    )
+    return Tilt(theta, *(array[0] for array in tilted(stack, at, np.array([theta]))[1:]))
 
 
 def ends(at: Nodes, terms: Array) -> Array:
