@@ -21,7 +21,7 @@ bounded and added outward; docs/accountant.md has the proofs:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ _SMALL = -25.0  # log of what tail and aliases may be beside delta
 _DIGITS = 6.0  # nats that a contour beside the saddle may cancel
 _CLIFF = 40.0
 """Nats of delta between neighbouring tilts that are worth a closer look."""
+_FEW_PAIRS, _FEW_TERMS = 8, 400.0
 _MOST_TERMS = 3e5  # of the sum, times 2 pi
 _MOST_ROW = 1e7  # products of tilts, pairs and nodes
 _WORK = 1.5e8  # most products of pairs, nodes on the contour, nodes of the quadrature
@@ -45,6 +46,8 @@ class Steps(NamedTuple):
 
     stacks: list[Stack]
     mu: float = 0.0
+    two_way: bool = False
+    """Whether the other direction, in which P and Q are exchanged, will be asked for too."""
 
 
 class Contour(NamedTuple):
@@ -68,7 +71,9 @@ class Contour(NamedTuple):
     row: Row | None = None
     """Around the tilt: for the aliases."""
     aliases: tuple[tuple[Array, Array], ...] = ()
-    """For those above epsilon and those below: tilts and, with Chernoff's constant, what they bound."""
+    """For those above epsilon and those below: tilts, and log of the bound less tilt times epsilon."""
+    reverse: Contour | None = None
+    """Of the other direction, at the same tilt and period, where it comes at little cost."""
 
 
 class Row(NamedTuple):
@@ -125,7 +130,7 @@ def _planned(steps: Steps, row: Row, epsilon: float, log_delta: float) -> Contou
     theta = float(row.theta[index])
     needed = row.value[index] - theta * epsilon - log_delta - _SMALL
     t_guess = math.sqrt(2.5 * max(needed, 1.0) / row.variance[index])
-    reached = _reach(steps, theta, t_guess, needed, _MOST_TERMS / period)
+    reached = _reach(steps, theta, t_guess, needed, period)
     if reached is None:
         return None
     t_last, log_tail, tilted = reached
@@ -145,15 +150,26 @@ def _log_expm1(x: Array) -> Array:
 
 
 def _reach(
-    steps: Steps, theta: float, t_last: float, needed: float, longest: float
-) -> tuple[float, float, list[Tilted]] | None:
-    """How far to sum until the rest is e^-needed of e^(K(theta) - theta epsilon), and log of the rest."""
+    steps: Steps, theta: float, t_last: float, needed: float, period: float
+) -> tuple[float, Any, list[Tilted]] | None:
+    """How far to sum until the rest is e^-needed of e^(K(theta) - theta epsilon), and log of the rest.
+
+    In both directions where that costs little more than one: numpy then spends most on its calls.
+    """
     served = 1.3 * t_last
-    tilted = _tilted(steps, theta, served)
-    while (log_tail := _log_tail(steps, tilted, t_last)) >= -needed:
+    few = len(steps.stacks) == 1 and steps.stacks[0].counts.size <= _FEW_PAIRS
+    both = steps.two_way and few and t_last * period <= _FEW_TERMS
+    tilted = _tilted(steps, theta, served, both)
+    log_tail = _log_tail(steps, tilted, t_last)
+    if both:
+        if log_tail[0] < -needed:
+            return t_last, log_tail, tilted
+        tilted, log_tail = [one.own() for one in tilted], float(log_tail[0])
+    while log_tail >= -needed:
         t_last *= min(max(1.02 * math.sqrt(needed / max(-log_tail, needed / 4)), 1.1), 2.0)
-        if t_last > longest:
+        if t_last * period > _MOST_TERMS:
             return None
+        log_tail = _log_tail(steps, tilted, t_last)
     return t_last, log_tail, tilted if t_last <= served else _tilted(steps, theta, t_last)
 
 
@@ -281,17 +297,25 @@ class Tilted(NamedTuple):
     at: moments.Nodes
     tilt: moments.Tilt
 
+    def own(self) -> Tilted:
+        """At the first of the tilts."""
+        return self._replace(tilt=moments.Tilt(*(array[0] for array in self.tilt)))
 
-def _tilted(steps: Steps, theta: float, t: float) -> list[Tilted]:
+
+def _tilted(steps: Steps, theta: float, t: float, both: bool = False) -> list[Tilted]:
+    """At theta; both: and at -1 - theta, which is theta in the other direction."""
     found = []
     for stack in steps.stacks:
         # The curve of `decay` bends over a noise's width: so fine a step follows it.
-        at = moments.nodes(stack, theta, t, 0.3 * min(1.0, float(stack.noise.min())))
-        found.append(Tilted(stack, at, moments.tilt(stack, at, theta)))
+        finest = 0.3 * min(1.0, float(stack.noise.min()))
+        at = moments.nodes(stack, theta, t, finest, both=both)
+        thetas = [theta, -1 - theta] if both else [theta]
+        one = Tilted(stack, at, moments.tilted(stack, at, np.array(thetas)))
+        found.append(one if both else one.own())
     return found
 
 
-def _log_tail(steps: Steps, tilted: list[Tilted], t_last: float) -> float:
+def _log_tail(steps: Steps, tilted: list[Tilted], t_last: float) -> Any:
     """log of a bound on what the terms beyond t_last add up to, over e^(K(theta) - theta epsilon)."""
     bound = -((steps.mu * t_last) ** 2) / 2
     for stack, at, tilt in tilted:
@@ -300,64 +324,57 @@ def _log_tail(steps: Steps, tilted: list[Tilted], t_last: float) -> float:
     return bound - math.log(math.pi * t_last)
 
 
-def _log_scale(steps: Steps, theta: float, tilted: list[Tilted]) -> tuple[float, float]:
-    """K(theta), and a bound on its error."""
-    value = steps.mu**2 * (theta**2 + theta) / 2
-    error = 8 * UNIT * abs(value)
-    for stack, at, tilt in tilted:
-        value += float(stack.counts @ tilt.log_moment)
-        summing = UNIT * (8 + len(stack.counts)) * np.abs(tilt.log_moment)
-        error += float(np.abs(stack.counts) @ (tilt.rounding + at.error + summing))
-        error += float(stack.interpolation_error(tilt.log_moment))
-    return value, error
-
-
 def _sum(
-    steps: Steps, theta: float, tilted: list[Tilted], spacing: float, size: int, log_tail: float
+    steps: Steps, theta: float, tilted: list[Tilted], spacing: float, size: int, log_tail: Any
 ) -> Contour:
-    """All but what the aliases need."""
+    """All but what the aliases need, in both directions if tilted has both."""
     t = spacing * np.arange(size)
-    mean = steps.mu**2 * (theta + 0.5)
-    mean_error = 8 * UNIT * mean
-    exponent = -((steps.mu * t) ** 2) / 2 + 0j
-    ceiling, error = exponent.real, 8 * UNIT * np.abs(exponent)
+    z = theta + 1j * t
+    mean = mean_error = 0.0
+    log_scale = steps.mu**2 * (theta**2 + theta) / 2
+    scale_error = 8 * UNIT * log_scale
+    ceiling = -((steps.mu * t) ** 2) / 2
+    exponent, error = ceiling + 0j, -8 * UNIT * ceiling
     for stack, at, tilt in tilted:
-        mean += float(stack.counts @ tilt.mean)
-        summing = UNIT * (8 + len(stack.counts))
-        mean_error += summing * float(np.abs(stack.counts) @ np.abs(tilt.mean))
+        counts = np.abs(stack.counts)
+        summing = UNIT * (8 + len(counts))
+        mean = mean + tilt.mean @ stack.counts
+        mean_error = mean_error + summing * (np.abs(tilt.mean) @ counts)
+        log_scale = log_scale + tilt.log_moment @ stack.counts
+        off = tilt.rounding + at.error + summing * np.abs(tilt.log_moment)
+        scale_error = scale_error + off @ counts
+        if stack.shape is not None:
+            scale_error += stack.interpolation_error(tilt.log_moment)
         there = log_characteristic(stack, at, tilt, spacing, size)
         exponent, error = exponent + there.value, error + there.error
         ceiling = ceiling + there.ceiling
-    log_scale, scale_error = _log_scale(steps, theta, tilted)
-    z = (theta + 1j * t).astype(np.complex128)
-    weight = np.where(t > 0, spacing / math.pi, spacing / (2 * math.pi)) / (z * (z + 1))
+    # In the other direction the loss is -L.
+    exponent, mean = np.atleast_2d(exponent), np.atleast_1d(mean)
+    exponent[1:], mean[1:] = exponent[1:].conj(), -mean[1:]
+    weight = spacing / math.pi / (z * (z + 1))
+    weight[0] /= 2
     terms = weight * np.exp(exponent)
     sizes = np.abs(terms)
     off = np.minimum(
         sizes * np.expm1(np.minimum(error, 700)), sizes + np.abs(weight) * np.exp(ceiling)
     )
-    return Contour(
-        planned=math.nan,
-        z=z,
-        terms=terms,
-        mean=mean,
-        mean_error=mean_error,
-        log_scale=log_scale,
-        scale_error=scale_error,
-        error=float(off.sum()) + math.exp(min(log_tail, 700.0)),
-        sizes=(float(sizes.sum()), float(sizes @ t)),
-        spacing=spacing,
+    error = off.sum(-1) + np.exp(np.minimum(log_tail, 700.0))
+    moduli, of_mu = np.stack([sizes.sum(-1), sizes @ t], -1), steps.mu**2 * (theta + 0.5)
+    numbers = (mean + of_mu, mean_error + 8 * UNIT * of_mu, log_scale, scale_error, error)
+    rows = np.stack([np.broadcast_to(each, len(mean)) for each in numbers], -1).tolist()
+    own, *other = (
+        Contour(math.nan, z, terms[i], *row, tuple(moduli[i].tolist()), spacing)
+        for i, row in enumerate(rows)
     )
+    return own._replace(reverse=other[0]) if other else own
 
 
-def _is_below(steps: Steps, than: Found, log_delta: float) -> bool:
+def _is_below(steps: Steps, log_delta: float, than: Found, at: Contour) -> bool:
     """Whether epsilon is surely at most than.lower, by its contour: that of the other direction, mostly.
 
     The sum is an upper bound whatever its tilt and period are, and so is Chernoff's.
     """
-    if than.contour is None:
-        return False
-    t, theta = than.contour.z.imag, float(than.contour.z[0].real)
+    t, theta = at.z.imag, float(at.z[0].real)
     try:
         row = _row(steps, theta * 1.5 ** np.arange(4.0))
         if (row.ceiling - row.theta * than.lower).min() <= log_delta:
@@ -368,18 +385,22 @@ def _is_below(steps: Steps, than: Found, log_delta: float) -> bool:
     if sum(one.at.x.size for one in tilted) * len(t) > _WORK:
         return False
     log_tail = _log_tail(steps, tilted, float(t[-1]))
-    at = _sum(steps, theta, tilted, than.contour.spacing, len(t), log_tail)
-    return log_delta_bounds(at, than.lower)[1] <= log_delta
+    there = _sum(steps, theta, tilted, at.spacing, len(t), log_tail)
+    return log_delta_bounds(there, than.lower)[1] <= log_delta
 
 
-def epsilon_bounds(steps: Steps, log_delta: float, than: Found | None = None) -> Found | None:
+def epsilon_bounds(
+    steps: Steps, log_delta: float, than: Found | None = None, own: Contour | None = None
+) -> Found | None:
     """Epsilons between which the profile meets a delta; they may be negative, or both below than.lower.
 
     Where the sum takes too many nodes the lower is -inf and the upper Chernoff's; None where even its
-    integrals take too many.
+    integrals take too many. `own` is a contour of these steps, if there is one, planned for others.
     """
-    if than is not None and _is_below(steps, than, log_delta):
-        return Found(-math.inf, than.lower)
+    if than is not None and (at := own or than.contour):
+        known = own and log_delta_bounds(own, than.lower)[1] <= log_delta
+        if known or _is_below(steps, log_delta, than, at):
+            return Found(-math.inf, than.lower)
     at = contour(steps, log_delta=log_delta)
     if at is None:
         upper = _chernoff_epsilon(steps, log_delta)

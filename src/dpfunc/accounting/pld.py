@@ -254,7 +254,9 @@ def _product_epsilon(one: Direction, pairs: Counted, delta: float, than: Found) 
     found = Found(0.0, math.inf)
     steps = _steps(one, pairs)
     if steps is not None:
-        found = contour.epsilon_bounds(steps, math.log(delta), than) or found
+        # `than` is of the other direction, whose contour can have brought along that of this one.
+        own = than.contour and than.contour.reverse
+        found = contour.epsilon_bounds(steps, math.log(delta), than, own) or found
     # Near delta = 1 the profile is flat, and what the sum rounds is wide: for the lattice too.
     enough = found.upper <= than.lower or _is_narrow(found.lower, found.upper)
     enough = enough or (delta > 0.5 and found.upper < math.inf)
@@ -290,7 +292,7 @@ def _steps(one: Direction, pairs: Counted) -> Steps | None:
     gaussian = [(pair, count) for pair, count in pairs if isinstance(pair, GaussianPair)]
     if len(gaussian) < len(pairs) or not _is_in_range(pairs):
         return None
-    return Steps([*moments.stacks(gaussian), *one.grids], one.mu)
+    return Steps([*moments.stacks(gaussian), *one.grids], one.mu, one.name == "remove")
 
 
 def _all(mu: float, pairs: Counted) -> Counted:
