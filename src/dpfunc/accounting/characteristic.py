@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfunc.accounting.moments import UNIT, Nodes, Stack, Tilt, ends, posterior
+from dpfunc.accounting.moments import UNIT, Nodes, Stack, Tilt, ends, posterior, some
 from dpfunc.accounting.pairs import Array
 
 _NEGLIGIBLE = 1e-19
+_TOGETHER = 4096  # products of pairs and nodes, of which the turns are in the cache
 
 
 class Characteristic(NamedTuple):
@@ -43,16 +44,13 @@ def log_characteristic(
     kept = every.max(0) > _NEGLIGIBLE
     p, loss = every[:, kept], loss[:, kept]
     dropped = every[:, ~kept].sum(-1) + ends(at, tilted.p).ravel()
-    # e^(i t L) for t = coarse + fine is a product, and its mean over nodes a matrix product: sqrt(size)
-    # exponentials instead of size. e^(i u) - 1 in place of e^(i u) keeps the digits of small angles.
-    fine_size = size if size * len(p) <= 64 else math.ceil(math.sqrt(size))
-    fine = _turns(spacing * loss, fine_size)
-    change = (fine @ p[..., None])[..., 0]
-    if fine_size < size:
-        coarse = _turns(spacing * fine_size * loss, math.ceil(size / fine_size)) * p[:, None, :]
-        sums = coarse @ fine.swapaxes(1, 2)
-        sums += coarse.sum(-1, keepdims=True) + change[:, None, :]
-        change = sums.reshape(len(p), -1)[:, :size]
+    together = max(1, _TOGETHER // max(1, loss.shape[1]))
+    change = np.concatenate(
+        [
+            _change(p[i : i + together], loss[i : i + together], spacing, size)
+            for i in range(0, len(p), together)
+        ]
+    )
     re, im = change.real, change.imag
     whole = 1 + re
     squared = 2 * re + re * re + im * im  # the modulus, squared, less 1
@@ -85,6 +83,21 @@ def log_characteristic(
     )
 
 
+def _change(p: Array, loss: Array, spacing: float, size: int) -> NDArray[np.complex128]:
+    """Means under p of e^(i t L) - 1: (pairs, size)."""
+    # e^(i t L) for t = coarse + fine is a product, and its mean over nodes a matrix product: sqrt(size)
+    # exponentials instead of size. e^(i u) - 1 in place of e^(i u) keeps the digits of small angles.
+    fine_size = size if size * len(p) <= 64 else math.ceil(math.sqrt(size))
+    fine = _turns(spacing * loss, fine_size)
+    mean_fine = (fine @ p[..., None])[..., 0]
+    if fine_size == size:
+        return mean_fine
+    coarse = _turns(spacing * fine_size * loss, math.ceil(size / fine_size)) * p[:, None, :]
+    change = coarse @ fine.swapaxes(1, 2)
+    change += coarse.sum(-1, keepdims=True) + mean_fine[:, None, :]
+    return change.reshape(len(p), -1)[:, :size]
+
+
 def _turns(angle: Array, size: int) -> NDArray[np.complex128]:
     """e^(i j angle) - 1 for j = 0, ..., size - 1, on the second axis: each block from the one before."""
     turns = np.zeros((len(angle), size, angle.shape[1]), dtype=np.complex128)
@@ -105,11 +118,13 @@ def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> Any:
     The integral over the curve is a trapezoid sum whose error, unlike that of `nodes`, is an estimate:
     the difference to the sum over every other node, taken twice.
     """
+    counts, total = stack.counts, None
     if stack.shape is not None:
         # The slowest of a grid, for all that it stands for: the losses of its corners vary the least.
-        rows = np.arange(len(stack.noise)).reshape(stack.shape)[[0, 0, -1, -1], [0, -1, 0, -1]]
-        parts = [decay(*_row(stack, at, tilted, int(i)), t) for i in np.unique(rows)]
-        return stack.total * max(parts)
+        corners = np.arange(len(counts)).reshape(stack.shape)[[0, 0, -1, -1], [0, -1, 0, -1]]
+        tilted = tilted._replace(p=tilted.p[corners])
+        total = stack.total
+        stack, at = some(stack, at, corners)
     noise = stack.noise
     given_p = posterior(stack.above, at.x, noise, at.above)
     given_q = posterior(stack.below, -at.x, noise, at.below)
@@ -126,7 +141,8 @@ def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> Any:
     )
     change = _grown(tilted.p, exponent + 0.5 * np.log1p(turned * turned))
     whole, half = change.sum(-1), 2 * change[..., ::2].sum(-1)
-    return np.log1p(np.minimum(whole + 2 * np.abs(whole - half), 0.0)) @ stack.counts
+    each = np.log1p(np.minimum(whole + 2 * np.abs(whole - half), 0.0))
+    return each @ counts if total is None else total * each.max()
 
 
 def _grown(p: Array, exponent: Array) -> Array:
@@ -136,15 +152,6 @@ def _grown(p: Array, exponent: Array) -> Array:
     far = np.log(np.maximum(p, 1e-300)) + exponent
     return np.where(
         exponent < 1, p * np.expm1(np.minimum(exponent, 1)), np.exp(np.minimum(far, 700)) - p
-    )
-
-
-def _row(stack: Stack, at: Nodes, tilted: Tilt, i: int) -> tuple[Stack, Nodes, Tilt]:
-    one = slice(i, i + 1)
-    return (
-        Stack(stack.noise[one], stack.above[one], stack.below[one], np.ones(1)),
-        at._replace(x=at.x[one], above=at.above[one], below=at.below[one]),
-        tilted._replace(p=tilted.p[one]),
     )
 
 

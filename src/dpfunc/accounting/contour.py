@@ -211,7 +211,7 @@ def _row(steps: Steps, thetas: Array) -> Row:
         at = moments.nodes(stack, float(thetas.max()))
         if at.x.size * len(thetas) > _MOST_ROW:
             raise moments.TooManyNodes
-        every, counts = moments.tilted(stack, at, thetas), np.abs(stack.counts)
+        every, counts = moments.row(stack, at, thetas), np.abs(stack.counts)
         value = value + every.log_moment @ stack.counts
         error = error + (every.rounding + at.error) @ counts
         error = error + UNIT * (8 + len(counts)) * (np.abs(every.log_moment) @ counts)

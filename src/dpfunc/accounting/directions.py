@@ -207,7 +207,7 @@ def _stack(name: str, grid: Grid, kind: Kind, group_size: int) -> Stack:
             strict=True,
         )
     ]
-    (stack,) = stacks(pairs)  # pyright: ignore[reportArgumentType]
+    (stack,) = stacks(pairs, len(pairs))  # pyright: ignore[reportArgumentType]
     return replace(stack, shape=grid.shape, total=grid.total)
 
 

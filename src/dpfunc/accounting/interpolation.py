@@ -16,6 +16,7 @@ leave out is smaller where they fall off, and is seen where they do not.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,26 +149,25 @@ def _grid(kind: int, cells: dict[tuple[int, int], Cell], spans: tuple[range, ran
         moments += of_noise @ cell.moments[: sizes[0], : sizes[1]] @ of_prob.T
     values = []
     for i, size in enumerate(sizes):
-        x = _points(size)
-        moments = np.moveaxis(
-            np.tensordot(_chebyshev(x, size).T * _scale(size), moments, (1, i)), 0, i
-        )
-        log = _CELL[i] * (spans[i].start + len(spans[i]) * (x + 1) / 2)
+        moments = np.moveaxis(np.tensordot(_coefficients(size), moments, (0, i)), 0, i)
+        log = _CELL[i] * (spans[i].start + len(spans[i]) * (_points(size) + 1) / 2)
         values.append(np.exp(log) if size > 1 else low[i : i + 1])
     noise, prob = np.meshgrid(*values, indexing="ij")
     total = float(sum(cell.moments[0, 0] for cell in cells.values()))
     return Grid(kind, noise.ravel(), prob.ravel(), moments.ravel(), (sizes[0], sizes[1]), total)
 
 
+@cache
 def _carried(size: int, place: int, span: int) -> Array:
     """T_k of a panel in the T_j of one of its cells, where the panel is so many cells long."""
-    x = _points(size)
-    values = _chebyshev((2 * place + 1 + x) / span - 1, size)
-    return values @ (_chebyshev(x, size).T * _scale(size))
+    return _chebyshev((2 * place + 1 + _points(size)) / span - 1, size) @ _coefficients(size).T
 
 
-def _scale(size: int) -> Array:
-    return np.where(np.arange(size) == 0, 1.0, 2.0) / size
+@cache
+def _coefficients(size: int) -> Array:
+    """What values at the Chebyshev points are multiplied by."""
+    scale = np.where(np.arange(size) == 0, 1.0, 2.0) / size
+    return _chebyshev(_points(size), size) * scale[:, None]
 
 
 def residual(values: NDArray[Any], shape: tuple[int, int]) -> Array:
@@ -177,9 +177,7 @@ def residual(values: NDArray[Any], shape: tuple[int, int]) -> Array:
     for axis, size in enumerate(shape):
         if size > 1:
             table = np.moveaxis(table, axis, 0)
-            table = np.tensordot(
-                _chebyshev(_points(size), size) * _scale(size)[:, None], table, axes=1
-            )
+            table = np.tensordot(_coefficients(size), table, axes=1)
             table = np.moveaxis(table, 0, axis)
     for axis, size in enumerate(shape):
         if size > 1:
@@ -199,5 +197,6 @@ def _chebyshev(x: Array, size: int) -> Array:
     return rows
 
 
+@cache
 def _points(size: int) -> Array:
     return np.cos((np.arange(size) + 0.5) * math.pi / size)

@@ -31,6 +31,8 @@ from dpfunc.accounting.pairs import Array, GaussianPair, log_density
 UNIT = 2.0**-53  # half of the spacing of floats at 1
 _DEEPEST = 8.6  # e^(y^2 / 2 - 2 pi y / h) is least there for the precision that is wanted
 _MOST_NODES = 1_000_000
+_TOGETHER = 32
+"""Pairs: of more, what is in between leaves the cache."""
 
 
 class TooManyNodes(Exception):
@@ -59,8 +61,8 @@ class Stack:
         return 0.0 if self.shape is None else self.total * residual(values, self.shape)
 
 
-def stacks(pairs: Sequence[tuple[GaussianPair, float]]) -> list[Stack]:
-    """The pairs, those alike in shape together."""
+def stacks(pairs: Sequence[tuple[GaussianPair, float]], together: int = _TOGETHER) -> list[Stack]:
+    """The pairs, those alike in shape together, so many at most."""
     shapes: dict[tuple[int, int], list[tuple[GaussianPair, float]]] = {}
     for pair, count in pairs:
         shapes.setdefault((len(pair.above), len(pair.below)), []).append((pair, count))
@@ -71,7 +73,8 @@ def stacks(pairs: Sequence[tuple[GaussianPair, float]]) -> list[Stack]:
             np.array([pair.below for pair, _ in group]),
             np.array([count for _, count in group], dtype=float),
         )
-        for group in shapes.values()
+        for alike in shapes.values()
+        for group in (alike[i : i + together] for i in range(0, len(alike), together))
     ]
 
 
@@ -125,6 +128,15 @@ def nodes(
     above = log_density(stack.above, x, stack.noise)
     below = log_density(stack.below, -x, stack.noise)
     return Nodes(x, log_weight, above, below, step, 2 * math.exp(-precision))
+
+
+def some(stack: Stack, at: Nodes, rows: slice | NDArray[Any]) -> tuple[Stack, Nodes]:
+    """Some of the pairs."""
+    x, log_weight, above, below, step, error = at
+    return (
+        Stack(stack.noise[rows], stack.above[rows], stack.below[rows], stack.counts[rows]),
+        Nodes(x[rows], log_weight[rows], above[rows], below[rows], step[rows], error),
+    )
 
 
 def _settles(weights: Array, noise: Array, theta: float, start: Array) -> Array | float:
@@ -235,6 +247,15 @@ def tilted(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
         rounding,
         of_above + of_below,
     )
+
+
+def row(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
+    """`tilted` without p, a few pairs at a time."""
+    blocks = [slice(i, i + _TOGETHER) for i in range(0, len(stack.noise), _TOGETHER)]
+    theta, _, *parts = zip(
+        *(tilted(*some(stack, at, block), thetas) for block in blocks), strict=True
+    )
+    return Tilt(theta[0], np.empty(0), *(np.concatenate(each, 1) for each in parts))
 
 
 def tilt(stack: Stack, at: Nodes, theta: float) -> Tilt:
