@@ -197,6 +197,11 @@ def tilted(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
 
     The tilt -1 - theta is theta in the other direction, in which the loss is -L.
     """
+    if len(stack.noise) > _TOGETHER:
+        blocks = [slice(i, i + _TOGETHER) for i in range(0, len(stack.noise), _TOGETHER)]
+        parts = [tilted(*some(stack, at, block), thetas) for block in blocks]
+        _, *joined = (np.concatenate(each, 1) for each in zip(*parts, strict=True))
+        return Tilt(parts[0].theta, *joined)
     theta = thetas[:, None]
     loss = at.above - at.below
     power = theta[..., None] * loss
@@ -247,15 +252,6 @@ def tilted(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
         rounding,
         of_above + of_below,
     )
-
-
-def row(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
-    """`tilted` without p, a few pairs at a time."""
-    blocks = [slice(i, i + _TOGETHER) for i in range(0, len(stack.noise), _TOGETHER)]
-    theta, _, *parts = zip(
-        *(tilted(*some(stack, at, block), thetas) for block in blocks), strict=True
-    )
-    return Tilt(theta[0], np.empty(0), *(np.concatenate(each, 1) for each in parts))
 
 
 def tilt(stack: Stack, at: Nodes, theta: float) -> Tilt:
