@@ -268,6 +268,46 @@ class TestContour:
         assert contour.log_delta_bounds(alone, whole.upper)[1] < target - 1e-6
         assert contour.log_delta_bounds(short, whole.upper)[1] >= target - 1e-9
 
+    @given(st.floats(0.4, 8), st.floats(-3, -0.5), st.floats(0.05, 40), st.floats(0, 20))
+    @settings(max_examples=40)
+    def test_the_other_direction_is_this_one_at_the_tilt_that_mirrors_its_own(
+        self, noise, q, theta, t
+    ):
+        weights, one, count = (1 - 10.0**q, 10.0**q), (1.0,), 100.0
+        here, there = (
+            contour.Steps(moments.stacks([(GaussianPair(noise, *shape), count)]), 0.3)
+            for shape in ((weights, one), (one, weights))
+        )
+        both = contour._tilted(here, theta, t, both=True)
+        tails = contour._log_tail(here, both, max(t, 0.1))
+        found = contour._sum(here, theta, both, t / 9, 10, tails)
+        for at, steps in ((found, here), (found.reverse, there)):
+            tilted = contour._tilted(steps, theta, t)
+            tail = contour._log_tail(steps, tilted, max(t, 0.1))
+            alone = contour._sum(steps, theta, tilted, t / 9, 10, tail)
+            off = abs(at.log_scale - alone.log_scale)
+            assert off <= at.scale_error + alone.scale_error + count * (
+                both[0].at.error + tilted[0].at.error
+            )
+            assert abs(at.mean - alone.mean) <= 1e-9 * (1 + abs(alone.mean))
+            off = np.abs(at.terms * np.exp(1j * at.z.imag * (at.mean - alone.mean)) - alone.terms)
+            assert off.sum() <= at.error + alone.error + 1e-9 * at.sizes[0]
+
+    def test_the_contour_that_serves_both_directions_agrees_with_one_of_its_own(self):
+        log = Log([run(8.0, 0.01, 10_000)])
+        remove, add = directions.directions(directions.contents_of(log))
+        target = math.log(1e-5)
+        first = contour.epsilon_bounds(pld._steps(remove, remove.dominating), target)
+        alone = contour.epsilon_bounds(pld._steps(add, add.dominating), target)
+        assert first.contour.reverse is not None
+        high = contour.log_delta_bounds(first.contour.reverse, alone.upper)[1]
+        assert high == pytest.approx(target, abs=1e-8)
+        assert contour.log_delta_bounds(first.contour.reverse, alone.lower)[1] >= target
+        known = contour.epsilon_bounds(
+            pld._steps(add, add.dominating), target, first, first.contour.reverse
+        )
+        assert known.upper == first.lower > alone.upper
+
     @given(logs, deltas)
     @settings(max_examples=30)
     def test_chernoff_is_above(self, log, d):

@@ -72,8 +72,7 @@ def log_characteristic(
     if stack.shape is not None:
         # Of a grid some counts are negative: what they take away is as little as it can be.
         most = np.where(stack.counts[:, None] > 0, most, least)
-    logs = np.empty(change.shape, complex)
-    logs.real, logs.imag = modulus, np.arctan2(im, whole)
+    logs = modulus + 1j * np.arctan2(im, whole)
     rounding = error / least + UNIT * (8 + len(stack.counts)) * np.abs(logs)
     apart = (*tilted.p.shape[:-1], size)
     off = np.abs(stack.counts) @ rounding.reshape(apart)

@@ -129,24 +129,29 @@ def _planned(steps: Steps, row: Row, epsilon: float, log_delta: float) -> Contou
     index, period = chosen
     theta = float(row.theta[index])
     needed = row.value[index] - theta * epsilon - log_delta - _SMALL
-    t_guess = math.sqrt(2.5 * max(needed, 1.0) / row.variance[index])
-    # Where losses are nearly normal a call is a few small arrays, on which numpy spends most: two rows
-    # cost little more than one. Elsewhere Chernoff's bound tells the directions apart.
-    few = len(steps.stacks) == 1 and steps.stacks[0].counts.size <= _FEW_PAIRS
-    normal = row.variance[index + 1] < 1.3 * row.variance[index - 1]
-    both = steps.two_way and few and bool(normal) and t_guess * period <= _FEW_TERMS
+    # Far out the loss moves as much as without a tilt, which may show a few rare hits.
+    tilted, plain = float(row.variance[index]), float(row.variance[0])
+    t_guess = math.sqrt(2.3 * max(needed, 1.0) / min(tilted, plain))
+    normal = tilted < 1.4 * plain and t_guess * period <= _FEW_TERMS
+    both = steps.two_way and normal and _is_small(steps)
     reached = _reach(steps, theta, t_guess, needed, _MOST_TERMS / period, both)
     if reached is None:
         return None
-    t_last, log_tail, tilted = reached
+    t_last, log_tail, laws = reached
     spacing, size = 2 * math.pi / period, math.ceil(t_last * period / (2 * math.pi)) + 1
-    if sum(one.at.x.size for one in tilted) * size > _WORK:
+    if sum(one.at.x.size for one in laws) * size > _WORK:
         return None
-    at = _sum(steps, theta, tilted, spacing, size, log_tail)
+    at = _sum(steps, theta, laws, spacing, size, log_tail)
     log_alias = row.ceiling - _log_expm1(np.abs(row.theta - theta) * period)
     parts = slice(index + 1, None), slice(index)
     aliases = tuple((row.theta[part], log_alias[part]) for part in parts)
     return at._replace(planned=epsilon, row=row, aliases=aliases)
+
+
+def _is_small(steps: Steps) -> bool:
+    """Whether numpy spends more on its calls than on numbers: twice as many cost little more."""
+    (stack, *others) = steps.stacks
+    return not others and stack.shape is None and stack.counts.size <= _FEW_PAIRS
 
 
 def _log_expm1(x: Array) -> Array:
@@ -325,7 +330,7 @@ def _sum(
 ) -> Contour:
     """All but what the aliases need, in both directions if tilted has both."""
     t = spacing * np.arange(size)
-    z = theta + 1j * t
+    z = (theta + 1j * t).astype(np.complex128)
     mean = mean_error = 0.0
     log_scale = steps.mu**2 * (theta**2 + theta) / 2
     scale_error = 8 * UNIT * log_scale
@@ -355,21 +360,29 @@ def _sum(
         sizes * np.expm1(np.minimum(error, 700)), sizes + np.abs(weight) * np.exp(ceiling)
     )
     error = off.sum(-1) + np.exp(np.minimum(log_tail, 700.0))
-    moduli, of_mu = np.stack([sizes.sum(-1), sizes @ t], -1), steps.mu**2 * (theta + 0.5)
+    of_mu = steps.mu**2 * (theta + 0.5)
     numbers = (mean + of_mu, mean_error + 8 * UNIT * of_mu, log_scale, scale_error, error)
     rows = np.stack([np.broadcast_to(each, len(mean)) for each in numbers], -1).tolist()
+    moduli = zip(sizes.sum(-1).tolist(), (sizes @ t).tolist(), strict=True)
     own, *other = (
-        Contour(math.nan, z, terms[i], *row, tuple(moduli[i].tolist()), spacing)
-        for i, row in enumerate(rows)
+        Contour(math.nan, z, of_one, mean, mean_error, log_scale, scale_error, error, both, spacing)
+        for of_one, (mean, mean_error, log_scale, scale_error, error), both in zip(
+            terms, rows, moduli, strict=True
+        )
     )
     return own._replace(reverse=other[0]) if other else own
 
 
-def _is_below(steps: Steps, log_delta: float, than: Found, at: Contour) -> bool:
+def _is_below(steps: Steps, log_delta: float, than: Found, own: Contour | None) -> bool:
     """Whether epsilon is surely at most than.lower, by its contour: that of the other direction, mostly.
 
     The sum is an upper bound whatever its tilt and period are, and so is Chernoff's.
     """
+    if own is not None:
+        return log_delta_bounds(own, than.lower)[1] <= log_delta
+    if than.contour is None:
+        return False
+    at = than.contour
     t, theta = at.z.imag, float(at.z[0].real)
     try:
         row = _row(steps, theta * 1.5 ** np.arange(4.0))
@@ -393,10 +406,8 @@ def epsilon_bounds(
     Where the sum takes too many nodes the lower is -inf and the upper Chernoff's; None where even its
     integrals take too many. `own` is a contour of these steps, if there is one, planned for others.
     """
-    if than is not None and (at := own or than.contour):
-        known = own and log_delta_bounds(own, than.lower)[1] <= log_delta
-        if known or _is_below(steps, log_delta, than, at):
-            return Found(-math.inf, than.lower)
+    if than is not None and _is_below(steps, log_delta, than, own):
+        return Found(-math.inf, than.lower)
     at = contour(steps, log_delta=log_delta)
     if at is None:
         upper = _chernoff_epsilon(steps, log_delta)

@@ -165,9 +165,12 @@ def _direction(name: str, contents: Contents, group_size: int) -> Direction:
             inverse.append(shift / step.noise_multiplier * math.sqrt(step.count))
         else:
             hardest, easiest = _within_range(step)
-            dominating.append((_pairs(name, hardest, group_size)[0], step.count))
+            pair, real = _pairs(name, hardest, group_size)
+            dominating.append((pair, step.count))
             if easiest is not None:
-                realised.append((_pairs(name, easiest, group_size)[1], step.count))
+                if easiest is not hardest:
+                    _, real = _pairs(name, easiest, group_size)
+                realised.append((real, step.count))
     standing = []
     for grid in contents.grids:
         kind = contents.kinds[grid.kind]
@@ -189,6 +192,8 @@ def _direction(name: str, contents: Contents, group_size: int) -> Direction:
 def _within_range(step: Step) -> tuple[Step, Step | None]:
     """A step that gives away no less and one that gives away no more, or nothing, to compute with."""
     noise, prob = step.noise_multiplier, step.sampling_prob
+    if NOISES[0] <= noise <= NOISES[1] and prob >= LEAST_PROB:
+        return step, step
     hardest = step._replace(
         noise_multiplier=min(noise, NOISES[1]), sampling_prob=max(prob, LEAST_PROB)
     )
