@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpfunc import trees
+from dpfunc.testing.strategies.batches import masks
 from dpfunc.typing import Tree
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +22,13 @@ class ClippingCase(NamedTuple):
     grads: Tree
     l2_clip_norm: float
     mask: Tensor | None
+
+
+class Layer(NamedTuple):
+    """A node of the trees: what a NamedTuple of parameters is."""
+
+    weight: Any
+    bias: Any
 
 
 def clip_norms(low: float = -8, high: float = 8) -> st.SearchStrategy[float]:
@@ -36,7 +44,7 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def shape_trees() -> st.SearchStrategy[Tree]:
-    """Nested dicts, lists and tuples with `torch.Size` leaves."""
+    """Nested dicts, lists, tuples and NamedTuples with a shape for each leaf."""
     leaf = shapes().map(_Shape)
     return st.recursive(
         leaf,
@@ -44,6 +52,7 @@ def shape_trees() -> st.SearchStrategy[Tree]:
             st.dictionaries(st.text("abc.", min_size=1, max_size=3), inner, min_size=1, max_size=3),
             st.lists(inner, min_size=1, max_size=3),
             st.tuples(inner, inner),
+            st.builds(Layer, inner, inner),
         ),
         max_leaves=4,
     )
@@ -55,14 +64,15 @@ def per_sample_grads(
     num_examples: st.SearchStrategy[int] | None = None,
     poison: bool = True,
 ) -> Tree:
-    """Trees of per-sample gradients, each leaf (B, *s).
+    """Trees of per-sample gradients, each leaf (B, *s), B from 0 to 5.
 
     Rows differ in magnitude from 1e-30 to 1e30 within one batch, before the format rounds them (to
-    infinity, where it must). With poison, a row may hold zeros, NaN, an infinity or a denormal.
+    infinity, where it must). A row may be zeros, denormals, or the row before it over again. With
+    poison, it may hold NaN or an infinity.
     """
     num = draw(num_examples if num_examples is not None else st.integers(0, 5))
     structure = draw(shape_trees())
-    kinds = ["plain", "plain", "plain", "zero", "denormal"] + ["nan", "inf"] * poison
+    kinds = ["plain", "plain", "plain", "zero", "denormal", "again"] + ["nan", "inf"] * poison
     exponents = draw(st.lists(st.floats(-30, 30), min_size=num, max_size=num))
     fates = draw(st.lists(st.sampled_from(kinds), min_size=num, max_size=num))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -76,6 +86,8 @@ def per_sample_grads(
             values[row] *= 0.0 if fate == "zero" else 10.0**exponent
             if fate == "denormal":
                 values[row] = np.sign(values[row]) * torch.finfo(dtype).tiny / 8
+            if fate == "again" and row:
+                values[row] = values[row - 1]
             if fate in ("nan", "inf") and values[row].size:
                 np.reshape(values[row], -1)[:1] = float(fate)
         return torch.from_numpy(values).to(dtype)
@@ -87,9 +99,7 @@ def per_sample_grads(
 def clipping_cases(draw: st.DrawFn, poison: bool = True) -> ClippingCase:
     """Gradients, a clip norm in [1e-8, 1e8], and sometimes a mask."""
     grads = draw(per_sample_grads(poison=poison))
-    num = trees.batch_size(grads, "grads")
-    bools = st.lists(st.booleans(), min_size=num, max_size=num)
-    mask = draw(st.none() | bools.map(lambda entries: torch.tensor(entries, dtype=torch.bool)))
+    mask = draw(st.none() | masks(trees.batch_size(grads, "grads")))
     return ClippingCase(grads, draw(clip_norms()), mask)
 
 
