@@ -268,8 +268,8 @@ def relations_are_ordered(
     doubled = replace(
         full, relation="add_or_remove_one", noise_multiplier=full.noise_multiplier / 2
     )
-    pair = (epsilon((each,), delta=delta) for each in (full, doubled))
-    _expect_close(*pair, rtol, f"{full!r}, and {doubled!r}")
+    found, wanted = epsilon((full,), delta=delta), epsilon((doubled,), delta=delta)
+    _expect_close(found, wanted, rtol, f"{full!r}, and {doubled!r}")
 
 
 def _rdp_of(log: AnyLog) -> Any:

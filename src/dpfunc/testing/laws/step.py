@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from dpfunc import random, trees
 from dpfunc.events import StepEvent
@@ -101,7 +102,7 @@ def compiles_alike(
     expected = f(*arguments)
     try:
         found = torch.compile(f, fullgraph=True, backend=backend)(*arguments)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         raise AssertionError(f"{f!r} does not compile to one graph: {error}") from error
     pairs = zip(trees.leaves(expected), trees.leaves(found), strict=True)
     for a, b in pairs:

@@ -43,7 +43,7 @@ _Draw = Callable[..., Tensor]
 
 def _draws(seed: int, dtype: torch.dtype) -> _Draw:
     generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def _rows(num: int, draw: _Draw, *shape: int) -> Tensor:
