@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mpmath
@@ -14,7 +15,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dpfunc import (
-    Log,
     StepEvent,
     delta,
     epsilon,
@@ -22,6 +22,7 @@ from dpfunc import (
 from dpfunc.accounting import ACCOUNTANTS
 from dpfunc.accounting.rdp import ORDERS, rdp, rdp_delta, rdp_epsilon
 from dpfunc.accounting.statement import round_up
+from dpfunc.testing import laws, strategies
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rdp.json").read_text())
 
@@ -41,14 +42,8 @@ def spent(*log, delta=1e-5):
     return epsilon(log, delta=delta, accountant="rdp")
 
 
-events = st.builds(
-    StepEvent,
-    noise_multiplier=st.floats(0.3, 50),
-    sampling_prob=st.floats(1e-5, 1),
-    count=st.integers(1, 10_000),
-)
-logs = st.lists(events, max_size=3).map(Log)
-deltas = st.floats(-12, -1).map(lambda exponent: 10.0**exponent)
+by_rdp = partial(epsilon, accountant="rdp")
+events, logs, deltas = strategies.events(), strategies.logs(), strategies.deltas()
 
 
 @pytest.mark.parametrize("row", GOLDEN["rows"], ids=lambda row: str(event_of(row))[10:60])
@@ -110,29 +105,22 @@ def test_full_batch_gaussian_is_order_over_twice_the_variance():
 
 @given(logs, logs, deltas)
 def test_logs_compose_in_any_order(a, b, d):
-    assert spent(*(a + b), delta=d) == pytest.approx(spent(*(b + a), delta=d), rel=1e-9)
-    assert spent(*(a + b), delta=d) >= max(spent(*a, delta=d), spent(*b, delta=d)) * (1 - 1e-9)
+    laws.logs_compose(a, b, d, epsilon=by_rdp, rtol=1e-9)
+    laws.costs_add_up(a, b)
 
 
 @given(events, st.integers(2, 5), deltas)
 def test_a_count_is_as_many_copies(event, copies, d):
+    laws.counts_fold((event,), copies, d, epsilon=by_rdp, rtol=1e-12)
     many = replace(event, count=event.count * copies)
-    assert spent(many, delta=d) == pytest.approx(spent(*[event] * copies, delta=d), rel=1e-12)
     orders = ORDERS[:20]
     np.testing.assert_allclose(rdp(many, orders), rdp(event, orders) * copies, rtol=1e-12)
 
 
 @given(events, deltas, st.floats(1.0, 3.0))
 def test_epsilon_falls_with_noise_and_delta_and_rises_with_sampling_and_steps(event, d, factor):
-    base = spent(event, delta=d)
-    slack = 1 + 1e-6  # of the search over orders
-    assert 0 <= base < math.inf
-    quieter = replace(event, noise_multiplier=event.noise_multiplier * factor)
-    assert spent(quieter, delta=d) <= base * slack
-    assert spent(event, delta=min(0.5, d * factor)) <= base * slack
-    rarer = replace(event, sampling_prob=event.sampling_prob / factor)
-    assert spent(rarer, delta=d) <= base * slack
-    assert spent(replace(event, count=event.count + 1), delta=d) >= base / slack
+    assert spent(event, delta=d) < math.inf
+    laws.epsilon_is_monotone(event, d, factor, epsilon=by_rdp, rtol=1e-6)
 
 
 @given(events, deltas)

@@ -537,7 +537,7 @@ NOISE = [
         with_record(expected_batch_size=21),
     ),
     Mutant(
-        "the mean for the sum of a mean",
+        "a sum that is not divided",
         "signal_is_kept",
         about_signal,
         with_record(loss_reduction="sum"),
@@ -648,7 +648,7 @@ SAMPLING = [
         patches={"dpfunc.sampling.poisson._keys": lambda key, step: _keys(key, 0)},
     ),
     Mutant(
-        "the key of the count for the subset",
+        "always the last examples",
         "inclusion_is_independent",
         about_poisson,
         patches={"dpfunc.sampling.poisson._subset": lambda key, num, size: np.arange(num)[-size:]},

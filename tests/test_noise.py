@@ -1,13 +1,11 @@
 """Noise: its scale is right and 10 % off would be seen; independent over leaf, step and key."""
 
-import math
-
 import pytest
-import scipy.stats
 import torch
 
 from dpfunc import DPSGD, clip_and_noise, random
 from dpfunc.noise import privatize
+from dpfunc.testing import laws
 
 
 def mechanism(**changes):
@@ -20,18 +18,13 @@ def mechanism(**changes):
     return DPSGD(**{**fields, **changes})
 
 
-def zeros(**shapes):
-    return {name: torch.zeros(shape) for name, shape in shapes.items()}
-
-
 def test_the_standard_deviation_is_multiplier_times_sensitivity_over_expected_batch_size():
-    noise = privatize(zeros(w=(400, 500)), random.key(0), mechanism())["w"].flatten().double()
-    stddev, n = 3.0 * 0.5 / 20.0, noise.numel()
-    for factor, accepted in ((1.0, True), (0.9, False), (1.1, False)):
-        statistic = (noise / (factor * stddev)).square().sum().item()
-        p = 2 * min(scipy.stats.chi2.cdf(statistic, n), scipy.stats.chi2.sf(statistic, n))
-        assert (p > 1e-3) == accepted
-    assert scipy.stats.kstest(noise.numpy() / stddev, "norm").pvalue > 1e-3
+    laws.noise_is_calibrated(mechanism(), num=200_000, error_rate=2e-3)
+    noise = privatize({"w": torch.zeros(400, 500)}, random.key(1), mechanism())["w"]
+    laws.numbers_follow(noise, 3.0 * 0.5 / 20.0, error_rate=2e-3)
+    for scale in (0.9, 1.1):
+        with pytest.raises(AssertionError, match=r"the scale of 200000 numbers is"):
+            laws.numbers_follow(noise, scale * 3.0 * 0.5 / 20.0)
 
 
 def test_the_signal_is_divided_by_the_public_size_after_the_noise():
@@ -39,9 +32,7 @@ def test_the_signal_is_divided_by_the_public_size_after_the_noise():
     assert privatize({"w": torch.tensor([4.0])}, random.key(0), quiet)["w"].equal(
         torch.tensor([0.2])
     )
-    key, total = random.key(3), {"w": torch.tensor([4.0, 8.0])}
-    noise = privatize({"w": torch.zeros(2)}, key, mechanism())["w"]
-    torch.testing.assert_close(privatize(total, key, mechanism())["w"], noise + total["w"] / 20.0)
+    laws.signal_is_kept({"w": torch.tensor([4.0, 8.0])}, mechanism(), key=random.key(3))
 
 
 def test_neither_noise_nor_divisor_depend_on_the_batch():
@@ -52,14 +43,7 @@ def test_neither_noise_nor_divisor_depend_on_the_batch():
 
 
 def test_leaves_and_keys_have_independent_noise():
-    n = 100_000
-    tree = {"a": {"w": torch.zeros(n)}, "b": [torch.zeros(n), torch.zeros(n)], "w": torch.zeros(n)}
-    streams = []
-    for key in random.split(random.key(8), 2):
-        noisy = privatize(tree, key, mechanism())
-        streams += [noisy["a"]["w"], *noisy["b"], noisy["w"]]
-    correlation = torch.corrcoef(torch.stack(streams)).fill_diagonal_(0)
-    assert correlation.abs().max() < 5 / math.sqrt(n)
+    laws.noise_is_independent(mechanism(), key=random.key(8), num=50_000)
 
 
 def test_noise_of_a_leaf_depends_on_its_path_alone():

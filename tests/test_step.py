@@ -26,6 +26,7 @@ from dpfunc import (
     trees,
 )
 from dpfunc._chacha20 import cpu
+from dpfunc.testing import laws
 
 KEY = random.key(99)
 MECHANISM = DPSGD(clipping=0.5, noise_multiplier=1.2, sampling_prob=0.25, expected_batch_size=256)
@@ -71,33 +72,21 @@ def test_a_step_is_clip_and_noise_on_per_sample_gradients():
 
 
 def test_the_same_arguments_give_the_same_bits_and_are_unchanged():
-    params, _ = case()
-    batch, key = one_batch(), KEY.clone()
-    before = trees.map(torch.clone, (params, batch.data))
-    dp_step = make_dp_step(loss, MECHANISM, descend)
-    a, b = dp_step(params, batch, key)[0], dp_step(params, batch, key)[0]
-    assert all(a[n].equal(b[n]) for n in a)
-    assert all(
-        x.equal(y)
-        for x, y in zip(trees.leaves(before), trees.leaves((params, batch.data)), strict=True)
-    )
-    assert key.equal(KEY)
+    laws.is_pure(make_dp_step(loss, MECHANISM, descend), case()[0], one_batch(), KEY.clone())
 
 
-def test_steps_have_different_noise_under_one_key():
-    params, _ = case()
-    blank = one_batch()._replace(mask=torch.zeros(64, dtype=torch.bool))
-    f = private_grad(loss, MECHANISM)
-    a, b = (f(params, blank._replace(step=torch.tensor(t)), KEY)["w"] for t in (0, 1))
-    assert not (a == b).any()
+def test_every_step_leaf_key_and_rank_has_noise_of_its_own():
+    laws.noise_is_fresh(private_grad(loss, MECHANISM), case()[0], one_batch(), KEY)
 
 
 def test_an_empty_and_an_all_padding_batch_release_noise_alone():
-    params, data = case()
-    f = private_grad(loss, MECHANISM)
-    padding = f(params, one_batch()._replace(mask=torch.zeros(64, dtype=torch.bool)), KEY)
-    none = Batch(trees.rows(data, 0, 0), torch.zeros(0, dtype=torch.bool), torch.tensor(0))
-    assert all(padding[n].equal(f(params, none, KEY)[n]) for n in params)
+    laws.empty_batch_is_noise(private_grad(loss, MECHANISM), case()[0], one_batch(), KEY)
+
+
+def test_no_example_moves_the_release_by_more_than_its_share():
+    gradient = private_grad(loss, MECHANISM)
+    laws.released_neighbours_are_close(gradient, case()[0], one_batch(), KEY, MECHANISM)
+    laws.release_is_the_mean(gradient, loss, case()[0], one_batch(), KEY, MECHANISM)
 
 
 def test_chunks_change_nothing_but_rounding():
@@ -315,9 +304,7 @@ def test_bad_input_is_refused(call, kind, words):
 
 
 def test_no_graph_grows_over_steps():
-    params = trees.map(lambda p: p.requires_grad_(), case()[0])
-    stepped, _ = make_dp_step(loss, MECHANISM, descend)(params, one_batch(), KEY)
-    assert not any(p.requires_grad for p in stepped.values())
+    laws.keeps_no_graph(make_dp_step(loss, MECHANISM, descend), case()[0], one_batch(), KEY)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from dpfunc import (
     L1Clipping,
     PerGroupClipping,
     Schedule,
-    StepEvent,
     clip_and_sum,
     clipped_grad,
     epsilon,
@@ -215,8 +214,6 @@ class TestAccountants:
     @pytest.mark.parametrize("accountant", ACCOUNTANTS)
     @given(strategies.events(), strategies.deltas(-10, -2), st.floats(1.0, 4.0))
     def test_epsilon_is_monotone_and_counts_fold(self, accountant, event, delta, factor):
-        if event.sampling == "none":
-            event = StepEvent(noise_multiplier=event.noise_multiplier, sampling_prob=1.0)
         by = partial(epsilon, accountant=accountant)
         laws.epsilon_is_monotone(event, delta, factor, epsilon=by)
         laws.counts_fold((event,), 3, delta, epsilon=by)
