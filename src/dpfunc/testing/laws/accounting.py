@@ -147,7 +147,6 @@ def epsilon_is_monotone(
     """
     base = epsilon((event,), delta=delta)
     slack = rtol * max(1.0, base) if math.isfinite(base) else 0.0
-    more = replace(event, count=2 * event.count + 1)
     lower = {
         "with more noise": epsilon((_with(event, "noise_multiplier", factor),), delta=delta),
         "at a larger delta": epsilon((event,), delta=1 - (1 - delta) / factor),
@@ -158,11 +157,12 @@ def epsilon_is_monotone(
     for how, found in lower.items():
         if not found <= base + slack:
             raise AssertionError(f"epsilon of {event!r} rises from {base!r} to {found!r} {how}")
-    found = epsilon((more,), delta=delta)
-    if not found >= base - slack:
-        raise AssertionError(
-            f"epsilon of {event!r} falls from {base!r} to {found!r} with more steps"
-        )
+    for count in (event.count + 1, 2 * event.count + 1):
+        found = epsilon((replace(event, count=count),), delta=delta)
+        if not found >= base - slack:
+            raise AssertionError(
+                f"epsilon of {event!r} falls from {base!r} to {found!r} at a count of {count}"
+            )
 
 
 def epsilon_covers(log: AnyLog, delta: float, *, epsilon: Epsilon = accounting.epsilon) -> None:

@@ -49,7 +49,8 @@ def scales_keep_the_promise(grads: Tree, rule: ClippingRule) -> None:
     rule with `noise_scales` keeps scale * norm / noise scale within 1 too.
 
     Args:
-        grads: per-sample gradients, every leaf (B, *s); examples that are not finite are left out.
+        grads: per-sample gradients, every leaf (B, *s). Examples that are not finite, or whose norm is
+            below 1e-290, are left out: their scale is 0 whatever the rule says.
         rule: the rule under test.
 
     Raises:
@@ -64,7 +65,7 @@ def scales_keep_the_promise(grads: Tree, rule: ClippingRule) -> None:
         norms = trees.map(
             lambda leaf: torch.tensor(exact_norm(leaf, rule.order), dtype=torch.float64), gradient
         )
-        if not all(norm.isfinite() for norm in trees.leaves(norms)):
+        if not 1e-290 <= exact_norm(norms, rule.order) < math.inf:
             continue
         scales = rule.scales(norms)
         if not all(bool(s.isfinite()) and s >= 0 for s in trees.leaves(scales)):
