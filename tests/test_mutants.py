@@ -575,6 +575,10 @@ def coins(prob):
     return lambda step: np.flatnonzero(COINS[step] < prob)
 
 
+def step_forgotten(key, step, right=poisson._keys):
+    return right(key, 0)
+
+
 def with_replacement(step):
     rng = np.random.default_rng(step)
     return np.unique(rng.integers(0, 12, rng.binomial(12, 0.3)))
@@ -645,7 +649,7 @@ SAMPLING = [
         "one key for all steps",
         "inclusion_is_independent",
         about_poisson,
-        patches={"dpfunc.sampling.poisson._keys": lambda key, step: _keys(key, 0)},
+        patches={"dpfunc.sampling.poisson._keys": step_forgotten},
     ),
     Mutant(
         "always the last examples",
@@ -706,7 +710,6 @@ SAMPLING = [
         patches={"dpfunc.sampling.batches._padded": padded_with_the_first},
     ),
 ]
-_keys = poisson._keys
 
 
 # --- accounting

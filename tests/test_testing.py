@@ -1,9 +1,11 @@
 """Laws hold of this library on everything that the strategies draw; the strategies draw what they say."""
 
+import inspect
 import itertools
 import math
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -339,3 +341,66 @@ def test_exact_norms_at_the_edges(order):
     assert laws.exact_norm(torch.tensor([5e-324, 0.0], dtype=torch.float64), order) == 5e-324
     assert laws.exact_norm([torch.tensor([1.0, -math.inf])], order) == math.inf
     assert math.isnan(laws.exact_norm(torch.tensor([1.0, math.nan]), order))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda rng, rate: laws.numbers_follow(
+            torch.from_numpy(rng.standard_normal(1000)), 1.0, error_rate=rate
+        ),
+        lambda rng, rate: laws.numbers_follow(
+            torch.from_numpy(rng.laplace(size=1000)), 1.0, law="laplace", error_rate=rate
+        ),
+        lambda rng, rate: laws.streams_are_independent(
+            {i: torch.from_numpy(rng.standard_normal(300)) for i in range(4)}, error_rate=rate
+        ),
+        lambda rng, rate: laws.inclusion_is_independent(
+            _rows_of(rng.random((400, 8)) < 0.3),
+            num_examples=8,
+            num_steps=400,
+            error_rate=rate,
+        ),
+    ],
+    ids=["normal", "laplace", "streams", "inclusion"],
+)
+def test_a_law_refuses_what_is_right_no_more_often_than_it_says(asked):
+    """Of 400 askings at a rate of 1/10, 65 or more are refused with probability below 1e-4."""
+    refused = 0
+    for seed in range(400):
+        try:
+            asked(np.random.default_rng(seed), 0.1)
+        except AssertionError:
+            refused += 1
+    assert 0 < refused < 65
+
+
+def _rows_of(member):
+    return lambda step: np.flatnonzero(member[step])
+
+
+SECTIONS = ("Args:", "Returns:", "Raises:", ">>>")
+HELPERS = {"blank", "contribution", "drawn_by", "exact_norm"}
+
+
+@pytest.mark.parametrize("name", laws.__all__)
+def test_each_law_says_what_it_takes_what_it_raises_how_often_it_errs_and_how_it_is_used(name):
+    law = getattr(laws, name)
+    places = [law.__doc__.find(section) for section in SECTIONS]
+    found = [place for place in places if place >= 0]
+    assert found == sorted(found)
+    assert "Args:" in law.__doc__
+    assert ">>>" in law.__doc__
+    assert ("AssertionError:" in law.__doc__) == (name not in HELPERS)
+    takes = inspect.signature(law).parameters
+    for parameter in takes:
+        assert parameter in law.__doc__, f"{parameter} of {name} is not said"
+    if "error_rate" in takes:
+        assert "probability" in law.__doc__ or "error_rate: as for" in law.__doc__
+
+
+@pytest.mark.parametrize("room", [laws, strategies])
+def test_every_name_is_there_and_listed_in_order(room):
+    assert room.__all__ == sorted(room.__all__) or room is strategies
+    for name in room.__all__:
+        assert name.isupper() or getattr(room, name).__doc__, name

@@ -18,15 +18,10 @@ from dpfunc.testing.laws.clipping import (
     clipping_is_idempotent,
     contribution,
     contribution_is_bounded,
-    duplicates_count_each,
-    masked_rows_vanish,
     neighbours_are_close,
     norms_are_upper_bounds,
-    order_does_not_matter,
-    poison_vanishes,
     replaced_neighbours_are_close,
     scales_keep_the_promise,
-    sums_add_up,
 )
 from dpfunc.testing.laws.exact import exact_norm
 from dpfunc.testing.laws.gradients import (
@@ -42,6 +37,7 @@ from dpfunc.testing.laws.noise import (
     signal_is_kept,
     streams_are_independent,
 )
+from dpfunc.testing.laws.purity import compiles_alike, is_pure, keeps_no_graph
 from dpfunc.testing.laws.sampling import (
     batches_are_whole,
     drawn_by,
@@ -49,15 +45,19 @@ from dpfunc.testing.laws.sampling import (
 )
 from dpfunc.testing.laws.step import (
     blank,
-    compiles_alike,
     empty_batch_is_noise,
     event_tells_the_noise,
-    is_pure,
-    keeps_no_graph,
     noise_is_fresh,
     queries_are_one_event,
     release_is_the_mean,
     released_neighbours_are_close,
+)
+from dpfunc.testing.laws.sums import (
+    duplicates_count_each,
+    masked_rows_vanish,
+    order_does_not_matter,
+    poison_vanishes,
+    sums_add_up,
 )
 
 __all__ = [

@@ -70,3 +70,8 @@ def sum_rounding(sensitivity: float, num: int) -> float:
 def without(row: int, num: int) -> Tensor:
     """The mask of a batch that one example was removed from."""
     return torch.arange(num) != row
+
+
+def column(mask: Tensor, leaf: Tensor) -> Tensor:
+    """The mask in a shape that goes with the leaf, row by row."""
+    return mask.reshape(-1, *[1] * (leaf.ndim - 1))

@@ -40,7 +40,7 @@ def inclusion_is_independent(
         error_rate: probability that a right sampler is refused, in five equal parts: each example's
             count and all together (binomial tests), batch sizes, pairs, and pairs up to three steps
             apart (chi-square tests). By default a probability that is 10 % off for all, or 30 % for
-            one example, passes with probability below 1e-6; batches of a fixed size, a shuffled
+            one example, passes with probability below 1e-5; batches of a fixed size, a shuffled
             pass over the data, and blocks of neighbours never do.
 
     Raises:
