@@ -226,7 +226,9 @@ class TestAccountants:
         laws.costs_add_up(a, b)
 
     @few
-    @given(strategies.logs(strategies.events(min_noise=0.5)), strategies.deltas(-10, -2))
+    @given(
+        strategies.logs(strategies.events(min_noise=0.6, min_prob=1e-3)), strategies.deltas(-10, -2)
+    )
     def test_bounds_bracket_and_claims_cover(self, log, delta):
         laws.bounds_bracket(log, delta)
         laws.epsilon_covers(log, delta)

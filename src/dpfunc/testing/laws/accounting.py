@@ -198,7 +198,8 @@ def bounds_bracket(
     """Bounds are in order, tight, and nested: at a larger delta, with fewer steps, and back to delta.
 
     Args:
-        log: what ran; its epsilon is known from both sides (not fixed-size under replace-one).
+        log: what ran; its epsilon is known from both sides (see `epsilon_bounds` for where it is not:
+            fixed-size sampling under replace-one, say, and rare steps with little noise).
         delta: in (0, 1/2).
         epsilon_bounds, delta_bounds: the functions under test.
         rtol: how far apart they may be, relative to max(1, epsilon).

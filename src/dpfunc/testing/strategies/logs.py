@@ -19,6 +19,7 @@ def events(
     mechanisms: tuple[str, ...] = ("gaussian",),
     relations: tuple[str, ...] = ("add_or_remove_one",),
     min_noise: float = 0.3,
+    min_prob: float = 1e-5,
     max_noise: float = 50.0,
     max_count: int = 10_000,
 ) -> StepEvent:
@@ -27,7 +28,7 @@ def events(
     The defaults are what every accountant takes; Laplace noise, "replace_one" and "zero_out" are for "pld".
     """
     sampling = draw(st.sampled_from(["poisson", "poisson", "poisson", "none"]))
-    prob = 1.0 if sampling == "none" else draw(st.floats(1e-5, 1.0))
+    prob = 1.0 if sampling == "none" else draw(st.floats(min_prob, 1.0))
     return StepEvent(
         noise_multiplier=draw(st.floats(min_noise, max_noise)),
         sampling_prob=prob,
