@@ -235,7 +235,7 @@ class TestAccountants:
         laws.epsilon_covers(log, delta, epsilon=partial(epsilon, accountant="rdp"))
 
     @few
-    @given(strategies.events(min_noise=0.6), strategies.deltas(-10, -2))
+    @given(strategies.events(min_noise=0.6, min_prob=1e-3), strategies.deltas(-10, -2))
     def test_relations_are_ordered(self, event, delta):
         laws.relations_are_ordered(
             event, delta, relations=("zero_out", "add_or_remove_one", "replace_one")
