@@ -279,6 +279,8 @@ class TestContour:
             for shape in ((weights, one), (one, weights))
         )
         both = contour._tilted(here, theta, t, both=True)
+        steps = [contour._tilted(one, theta, t)[0].at.step[0] for one in (here, there)]
+        assert both[0].at.step[0] <= 1.05 * min(steps)
         tails = contour._log_tail(here, both, max(t, 0.1))
         found = contour._sum(here, theta, both, t / 9, 10, tails)
         for at, steps in ((found, here), (found.reverse, there)):
@@ -307,6 +309,11 @@ class TestContour:
             pld._steps(add, add.dominating), target, first, first.contour.reverse
         )
         assert known.upper == first.lower > alone.upper
+        least = contour.Found(0.0, alone.lower * 0.99)
+        own = contour.epsilon_bounds(
+            pld._steps(add, add.dominating), target, least, first.contour.reverse
+        )
+        assert (own.lower, own.upper) == pytest.approx((alone.lower, alone.upper), rel=1e-9)
 
     @given(logs, deltas)
     @settings(max_examples=30)
