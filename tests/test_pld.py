@@ -279,8 +279,8 @@ class TestContour:
             for shape in ((weights, one), (one, weights))
         )
         both = contour._tilted(here, theta, t, both=True)
-        steps = [contour._tilted(one, theta, t)[0].at.step[0] for one in (here, there)]
-        assert both[0].at.step[0] <= 1.05 * min(steps)
+        steps = [moments.nodes(*one.stacks, theta, t).step[0] for one in (here, there)]
+        assert moments.nodes(*here.stacks, theta, t, both=True).step[0] <= 1.05 * min(steps)
         tails = contour._log_tail(here, both, max(t, 0.1))
         found = contour._sum(here, theta, both, t / 9, 10, tails)
         for at, steps in ((found, here), (found.reverse, there)):
