@@ -554,6 +554,11 @@ NOTHING = [(), (run(count=0),), (run(sampling_prob=0.0),), (run(noise_multiplier
 
 
 class TestEdges:
+    def test_a_tail_that_overflows_its_sum_warns_of_nothing(self):
+        steps = StepEvent(noise_multiplier=1.125, sampling_prob=0.001953125, count=171)
+        low, high = delta_bounds((steps,), epsilon=0.3288914667676068)
+        assert 0.0 <= low <= high <= low + 1e-9
+
     def test_a_group_is_drawn_as_often_as_its_members(self):
         step = StepEvent(noise_multiplier=0.05, sampling_prob=1e-6)
         assert epsilon_bounds((step,), delta=2e-6)[1] == 0.0

@@ -157,7 +157,7 @@ def _grown(p: Array, exponent: Array) -> Array:
         return p * np.expm1(exponent)
     far = np.log(np.maximum(p, 1e-300)) + exponent
     return np.where(
-        exponent < 1, p * np.expm1(np.minimum(exponent, 1)), np.exp(np.minimum(far, 700)) - p
+        exponent < 1, p * np.expm1(np.minimum(exponent, 1)), np.exp(np.minimum(far, 600)) - p
     )
 
 

@@ -70,7 +70,7 @@ def register_rule(
     Guarantees:
         Examples of scale 0 reach weighted_sum with an output gradient of 0.
         A parameter that another op meets too uses the rule only if that op has one.
-        The norm that clips is what squared_norm says: `dpfunc.testing.methods_agree` holds it against
+        The norm that clips is what squared_norm says: `dpfunc.testing.laws.methods_agree` holds it against
         differentiation for each example.
 
     Raises:
