@@ -155,7 +155,12 @@ def test_an_interrupt_keeps_what_ran_and_the_same_command_goes_on(monkeypatch, c
     assert cli.main(command) == 0
     assert "Stopped after step 4; the same command goes on" in capsys.readouterr().err
     assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 4
-    assert cli.main(command) == 0
+    assert cli.main(["train", "--out", str(tmp_path)]) == 2  # with a seed it began
+    assert "the key comes from a seed" in capsys.readouterr().err
+    assert cli.main([*command, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["num_steps"], answer["stopped"]) == (60, "done")
+    assert answer["test_accuracy"] > 0.9
     assert sum(event.count for event in read_log(tmp_path / "log.jsonl")) == 60
     assert verify_log(tmp_path / "log.jsonl")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from dpfunc.cli.words import add_json
 
 
 def add_to(verbs: Any) -> None:
@@ -20,6 +23,7 @@ def add_to(verbs: Any) -> None:
         type=Path,
         help="folder; an unfinished run in it goes on (default run, or run-2, ... beside finished ones)",
     )
+    add_json(parser)
     parser.set_defaults(verb=_train)
 
 
@@ -50,7 +54,12 @@ def _train(options: argparse.Namespace) -> None:
         num_steps=settings.num_steps,
         delta=options.delta,
         evaluate=evaluate,
-        saving=Saving(folder=out, every=20, unit=digits.UNIT),
+        saving=Saving(
+            folder=out,
+            every=20,
+            unit=digits.UNIT,
+            note="" if options.seed is None else "the key comes from a seed",
+        ),
     )
     if fitted.stopped == "interrupted":
         print(
@@ -69,7 +78,19 @@ def _train(options: argparse.Namespace) -> None:
         l2_clip_norm=settings.l2_clip_norm,
         title=f"{options.data}: epsilon {fitted.epsilon:.3g} at delta {options.delta:g}",
     )
-    print(f"test accuracy {digits.accuracy(module, average, data.test):.4f}\n")
+    accuracy = digits.accuracy(module, average, data.test)
+    if options.json:
+        answer = {
+            "test_accuracy": accuracy,
+            "epsilon": fitted.epsilon,
+            "delta": options.delta,
+            "num_steps": int(fitted.state.step),
+            "stopped": fitted.stopped,
+            "folder": str(out),
+        }
+        print(json.dumps(answer))
+        return
+    print(f"test accuracy {accuracy:.4f}\n")
     print(statement)
     print(f"\nwrote {', '.join(sorted(p.name for p in out.iterdir()))} to {out}/")
 

@@ -50,6 +50,7 @@ class Saving:
         every: steps between checkpoints, >= 1: what a kill costs in time; and in privacy too, where
             the run then goes on under a new attempt.
         unit: what one example is, for the log's header.
+        note: free text for the log's header. PUBLIC. A run goes on under the note it began with.
         allow_changes: where code, data, mechanism or machine are no longer those of the checkpoint, go
             on under a new attempt number, and not with an error. Steps that the log has declared
             beyond the checkpoint stay counted.
@@ -61,6 +62,7 @@ class Saving:
     folder: str | PathLike[str]
     every: int = 100
     unit: str = "example"
+    note: str = ""
     allow_changes: bool = False
 
     def __post_init__(self) -> None:
@@ -200,7 +202,7 @@ def open_run(
         if changed:
             attempt = 1 + secrets.randbelow(2**63 - 1)
     # Events agree in all that a header says, whatever the schedules.
-    header = Header.of((mechanism.event(0),), unit=saving.unit)
+    header = Header.of((mechanism.event(0),), unit=saving.unit, note=saving.note)
     with LogFile(folder / LOG, header=header, extends=head) as file:
         if not begun and file.run.log:
             raise ValueError(
