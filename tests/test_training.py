@@ -642,6 +642,21 @@ class TestFingerprints:
         test_the_same_program_has_the_same_one_in_another_process
     )
 
+    def test_compiling_a_step_changes_nothing_of_it(self, tmp_path):
+        def compiled():
+            torch._dynamo.reset()
+            init, step = pair()
+            return init, torch.compile(step, fullgraph=True, backend="aot_eager")
+
+        init, step = compiled()
+        before = fingerprint.of_code(step)
+        fitted(tmp_path / "a", (init, step), num_steps=7)
+        assert fingerprint.of_code(step) == before
+        resumed = fitted(tmp_path / "a", compiled())
+        whole = fitted(tmp_path / "b", compiled())
+        assert same_bits(resumed.params, whole.params)
+        assert resumed.log == whole.log
+
     def test_it_does_not_change_while_the_program_runs(self):
         made = pair()
         before = fingerprint.of_code(made[1])

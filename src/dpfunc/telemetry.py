@@ -152,7 +152,13 @@ class NormQuantile:
 
     def __post_init__(self) -> None:
         _check_noise(self)
-        _check_tracking(self.quantile, self.initial, self.learning_rate, self.low, self.high)
+        _checks.open_unit("A share of the gradients, say 0.5.", quantile=self.quantile)
+        _checks.positive(learning_rate=self.learning_rate)
+        low, high = check_sensitivity(low=self.low), check_sensitivity(high=self.high)
+        if not low <= check_sensitivity(initial=self.initial) <= high or low == high:
+            raise ValueError(
+                f"Expected low <= initial <= high, low < high, got {(low, self.initial, high)}."
+            )
 
     @property
     def needs_loss(self) -> bool:
@@ -165,11 +171,14 @@ class NormQuantile:
         return torch.where(observed.norm <= state, 1.0, -1.0)
 
     def update(self, state: Tensor, mean: Tensor) -> Tensor:
-        return _tracked(state, mean, self.quantile, self.learning_rate, self.low, self.high)
+        share = (1 + mean) / 2
+        # A wild count moves it no further than 4.
+        power = self.learning_rate * (self.quantile - share).clamp(-4.0, 4.0)
+        return (state * power.exp()).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptiveClipping:
+class AdaptiveClipping(NormQuantile):
     """Clip at a running estimate of a quantile of the gradient norms.
 
     The pair (init, update) of its state, the clip norm, is driven by `make_train_step`; the noise of
@@ -180,7 +189,7 @@ class AdaptiveClipping:
         initial: the clip norm to begin with, in gradient units.
         noise_multiplier: of the count: standard deviation over its sensitivity, which is 1/2 of an
             example. Andrew et al. take a tenth of the expected batch size. Together with the
-            gradient's this is the event's: see `beside_noise_multiplier` for what to give the gradient.
+            gradient's this is the event's: see `noise_multiplier_beside` for what to give the gradient.
         learning_rate: how far one step moves the logarithm of the clip norm, > 0.
         low, high: the clip norm stays within, in gradient units.
         clipping: the rule at clip norm 1: an L2 clip norm of 1 (flat), or a rule, whose bounds are
@@ -202,16 +211,11 @@ class AdaptiveClipping:
 
     quantile: float = 0.5
     initial: float = 1.0
-    noise_multiplier: float
-    learning_rate: float = 0.2
-    low: float = 1e-6
-    high: float = 1e6
     clipping: float | ClippingRule = 1.0
     name: str = "clip_norm"
 
     def __post_init__(self) -> None:
-        _check_noise(self)
-        _check_tracking(self.quantile, self.initial, self.learning_rate, self.low, self.high)
+        NormQuantile.__post_init__(self)  # super() does not know a class with slots
         if isinstance(self.clipping, ClippingRule):
             check_rule(self.clipping)
         else:
@@ -222,42 +226,7 @@ class AdaptiveClipping:
                 f"{sensitivity_of(self.clipping)}."
             )
 
-    @property
-    def needs_loss(self) -> bool:
-        return False
-
-    def init(self) -> float:
-        return self.initial
-
-    def value(self, observed: Observed, state: Tensor) -> Tensor:
-        return torch.where(observed.norm <= state, 1.0, -1.0)
-
-    def update(self, state: Tensor, mean: Tensor) -> Tensor:
-        return _tracked(state, mean, self.quantile, self.learning_rate, self.low, self.high)
-
-
-def _tracked(
-    state: Tensor, mean: Tensor, quantile: float, learning_rate: float, low: float, high: float
-) -> Tensor:
-    """One geometric step of the estimate towards the quantile; a wild count moves it no further than 4."""
-    share = (1 + mean) / 2
-    return (state * (learning_rate * (quantile - share).clamp(-4.0, 4.0)).exp()).clamp(low, high)
-
 
 def _check_noise(query: object) -> None:
     number = _checks.finite_non_negative(noise_multiplier=query.noise_multiplier)  # pyright: ignore
     object.__setattr__(query, "noise_multiplier", number)
-
-
-def _check_tracking(
-    quantile: float, initial: float, learning_rate: float, low: float, high: float
-) -> None:
-    _checks.open_unit("A share of the gradients, say 0.5.", quantile=quantile)
-    _checks.positive(learning_rate=learning_rate)
-    bounds = (
-        check_sensitivity(low=low),
-        check_sensitivity(initial=initial),
-        check_sensitivity(high=high),
-    )
-    if not bounds[0] <= bounds[1] <= bounds[2] or bounds[0] == bounds[2]:
-        raise ValueError(f"Expected low <= initial <= high, low < high, got {bounds}.")

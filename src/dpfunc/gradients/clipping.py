@@ -15,7 +15,8 @@ for float32, to which shorter formats are raised; 2**-53 for float64) and v = 2*
    what is left is far above the absolute error of products that are subnormal, since the
    sensitivity is at least 1e-30.
    A scale that is itself subnormal in the format would round coarsely, so it becomes 0; one above
-   the format's range becomes the largest number of the format.
+   the format's range becomes the largest number of the format. Where scale * norm leaves the range of
+   float64 nothing can be said of it, and the scale becomes 0 too.
 3. Rows that are masked or whose norm is not finite are replaced, not multiplied: 0 times NaN is NaN.
 """
 

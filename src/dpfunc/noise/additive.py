@@ -38,7 +38,8 @@ def privatize(
         The released estimate of the mean gradient: the same structure, shapes and dtypes.
 
     Guarantees:
-        This is the one place of the noise's scale and of the division, in this order.
+        This file is the one place of the noise's scale, which is rounded up to the leaf's format, and
+        of the division, in this order. What `factor` does comes after both.
         Noise is a function of (key, leaf path, element offset): it does not depend on the other
         leaves, on the dtype of others or on the device of the key. Leaves share no word.
         The realised batch size and the size of the data set enter nowhere.
@@ -91,7 +92,7 @@ def privatize_queries(sums: dict[str, Tensor], key: Key, mechanism: DPSGD) -> di
         The noise of a query is a function of (key, its name), of standard deviation its own
         `noise_multiplier`: its sensitivity is 1.
 
-    >>> from dpfunc.mechanism import DPSGD, noise_scales
+    >>> from dpfunc.mechanism import DPSGD
     >>> mechanism = DPSGD(clipping=1.0, noise_multiplier=1.0, sampling_prob=0.5, expected_batch_size=4)
     >>> privatize_queries({}, random.key(0), mechanism)
     {}

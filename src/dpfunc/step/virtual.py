@@ -66,6 +66,8 @@ def make_accumulator(loss: Loss, mechanism: DPSGD, **options: Any) -> Accumulato
         `init` of the same key and step is another release: one (key, step) is one release.)
         All parts meet the very parameters that `init` got, unchanged in place.
 
+    NOT PROTECTED: an example that is in two parts counts twice, and is bounded by twice the sensitivity.
+
     Raises:
         RuntimeError: released before; other parameters, or the same after they were written to.
         ValueError: a part of another step.

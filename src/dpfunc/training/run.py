@@ -45,8 +45,9 @@ class Saving:
     """Where a run is kept, and how often.
 
     Args:
-        folder: of log.jsonl (public), checkpoint.safetensors (what was released, and so public) and
-            key.SECRET (mode 0600). It is made where there is none; a run in it goes on.
+        folder: of log.jsonl (public), checkpoint.safetensors (what was released, and so public, but
+            for the history, which is as public as evaluate makes it) and key.SECRET (mode 0600). It is
+            made where there is none; a run in it goes on.
         every: steps between checkpoints, >= 1: what a kill costs in time; and in privacy too, where
             the run then goes on under a new attempt.
         unit: what one example is, for the log's header.
@@ -184,7 +185,7 @@ def open_run(
         "mechanism": _in_words(mechanism),
         "code": fingerprint.keyed(fingerprint.of_code(step, mechanism), key),
         "data": fingerprint.keyed(fingerprint.of_data(data), key),
-        **made_of,
+        **{name: fingerprint.keyed(own, key) for name, own in made_of.items()},
         **fingerprint.of_machine(trees.leaves(state.params)[0].device),
     }
     attempt, head, history = 0, None, []
