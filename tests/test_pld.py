@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dpfunc import Log, StepEvent, combined_noise_multiplier, delta, epsilon
-from dpfunc.accounting import contour, directions, moments, pld
+from dpfunc.accounting import contour, directions, moments, pld, terms
 from dpfunc.accounting.characteristic import decay, log_characteristic
 from dpfunc.accounting.gdp import gaussian_epsilon
 from dpfunc.accounting.pairs import GaussianPair
@@ -174,7 +174,7 @@ class TestMoments:
         pair = GaussianPair(noise, *shape)
         (stack,) = moments.stacks([(pair, 1)])
         at = moments.nodes(stack, z.real, z.imag)
-        tilted = moments.tilt(stack, at, z.real)
+        tilted = moments.tilted(stack, at, np.array([z.real]))
         with mpmath.workdps(30):
             s = mpmath.mpf(noise)
 
@@ -194,16 +194,17 @@ class TestMoments:
             ]
             real = sum(w * mpmath.exp((1 + z.real) * a - z.real * b) for w, a, b in table)
             whole = sum(w * mpmath.exp((1 + z) * a - z * b) for w, a, b in table)
-            assert abs(tilted.log_moment[0] - mpmath.log(real)) <= tilted.rounding[0] + at.error
+            off = abs(tilted.log_moment[0, 0] - mpmath.log(real))
+            assert off <= tilted.rounding[0, 0] + at.error
             if z.imag:
                 found = log_characteristic(stack, at, tilted, z.imag, 2)
-                value = found.value[1] + 1j * z.imag * tilted.mean[0]
+                value = found.value[0, 1] + 1j * z.imag * tilted.mean[0, 0]
                 true = whole / real
                 off = abs(mpmath.exp(mpmath.mpc(value)) - true)
                 # Where little is left of the modulus, what counts is that the ceiling holds.
-                bound = abs(true) * mpmath.expm1(min(found.error[1], 50.0))
-                assert off <= bound or abs(true) <= mpmath.exp(found.ceiling[1])
-                assert min(bound, mpmath.exp(found.ceiling[1])) < 1e-11
+                bound = abs(true) * mpmath.expm1(min(found.error[0, 1], 50.0))
+                assert off <= bound or abs(true) <= mpmath.exp(found.ceiling[0, 1])
+                assert min(bound, mpmath.exp(found.ceiling[0, 1])) < 1e-11
 
     @given(
         st.floats(0.3, 5), st.floats(-4, -0.01), st.floats(0.1, 30), st.floats(-1, 4), st.booleans()
@@ -217,10 +218,10 @@ class TestMoments:
         (stack,) = moments.stacks([(GaussianPair(noise, *shape), 1)])
         t = 2.0**t
         at = moments.nodes(stack, theta, 4 * t, 0.3 * min(1.0, noise))
-        tilted = moments.tilt(stack, at, theta)
-        bound = decay(stack, at, tilted, t)
+        tilted = moments.tilted(stack, at, np.array([theta]))
+        (bound,) = decay(stack, at, tilted, t)
         later = log_characteristic(stack, at, tilted, t / 8, 33)
-        assert np.exp(later.value.real[8:]).max() <= np.exp(bound) + 1e-13
+        assert np.exp(later.value.real[0, 8:]).max() <= np.exp(bound) + 1e-13
 
 
 class TestContour:
@@ -243,28 +244,31 @@ class TestContour:
                 assert high >= math.log(d) - slack
 
     @pytest.mark.parametrize(("noise", "prob"), [(4.0, 0.01), (1.0, 0.01), (0.7, 0.05)])
-    def test_another_contour_says_below_of_less_and_never_of_more(self, noise, prob):
-        def steps(count):
-            (one, _) = directions.directions(directions.contents_of(Log([run(noise, prob, count)])))
-            return pld._steps(one, one.dominating)
-
+    def test_the_other_direction_says_below_of_less_and_never_of_more(self, noise, prob):
+        found = directions.directions(directions.contents_of(Log([run(noise, prob, 1000)])))
+        remove, add = (pld._steps(one, one.dominating) for one in found)
         target = math.log(1e-6)
-        less, more = (contour.epsilon_bounds(steps(count), target) for count in (1000, 1001))
-        assert contour.epsilon_bounds(steps(1000), target, more).upper == more.lower
-        found = contour.epsilon_bounds(steps(1001), target, less)
-        assert less.upper < found.lower == more.lower <= found.upper == more.upper
+        first, alone = (contour.epsilon_bounds(steps, target) for steps in (remove, add))
+        more = first._replace(lower=alone.upper * 1.001)
+        # Chernoff's bound may not tell epsilons this near to each other apart, the sum does.
+        bare = more.contour._replace(row=more.contour.row._replace(reverse=None))
+        if bare.reverse is not None:
+            assert contour._is_below(target, more._replace(contour=bare))
+        for than in (first._replace(lower=alone.lower * 0.999), more._replace(contour=None)):
+            assert contour.epsilon_bounds(add, target, than)[:2] == alone[:2]
+        assert contour.epsilon_bounds(add, target, first) == (-math.inf, first.lower, None)
 
-    @pytest.mark.parametrize("part", [0.2, 0.3, 0.4])
+    @pytest.mark.parametrize("part", [0.2, 0.36, 0.4])
     def test_a_sum_cut_short_is_a_bound_by_what_its_tail_is(self, part):
         (one, _) = directions.directions(directions.contents_of(Log([run(1.0, 0.01, 1000)])))
         steps, target = pld._steps(one, one.dominating), math.log(1e-5)
         whole = contour.epsilon_bounds(steps, target)
         theta, t = float(whole.contour.z[0].real), whole.contour.z.imag
         size = int(part * len(t))
-        tilted = contour._tilted(steps, theta, float(t[-1]))
-        log_tail = contour._log_tail(steps, tilted, float(t[size - 1]))
-        short = contour._sum(steps, theta, tilted, whole.contour.spacing, size, log_tail)
-        alone = contour._sum(steps, theta, tilted, whole.contour.spacing, size, -700.0)
+        tilted = terms.tilted(steps, theta, float(t[-1]))
+        log_tail = terms.log_tail(steps, tilted, float(t[size - 1]))
+        short = terms.total(steps, theta, tilted, whole.contour.spacing, size, log_tail)
+        alone = terms.total(steps, theta, tilted, whole.contour.spacing, size, -700.0)
         assert contour.log_delta_bounds(alone, whole.upper)[1] < target - 1e-6
         assert contour.log_delta_bounds(short, whole.upper)[1] >= target - 1e-9
 
@@ -278,15 +282,15 @@ class TestContour:
             contour.Steps(moments.stacks([(GaussianPair(noise, *shape), count)]), 0.3)
             for shape in ((weights, one), (one, weights))
         )
-        both = contour._tilted(here, theta, t, both=True)
+        both = terms.tilted(here, theta, t, both=True)
         steps = [moments.nodes(*one.stacks, theta, t).step[0] for one in (here, there)]
         assert moments.nodes(*here.stacks, theta, t, both=True).step[0] <= 1.05 * min(steps)
-        tails = contour._log_tail(here, both, max(t, 0.1))
-        found = contour._sum(here, theta, both, t / 9, 10, tails)
+        tails = terms.log_tail(here, both, max(t, 0.1))
+        found = terms.total(here, theta, both, t / 9, 10, tails)
         for at, steps in ((found, here), (found.reverse, there)):
-            tilted = contour._tilted(steps, theta, t)
-            tail = contour._log_tail(steps, tilted, max(t, 0.1))
-            alone = contour._sum(steps, theta, tilted, t / 9, 10, tail)
+            tilted = terms.tilted(steps, theta, t)
+            tail = terms.log_tail(steps, tilted, max(t, 0.1))
+            alone = terms.total(steps, theta, tilted, t / 9, 10, tail)
             off = abs(at.log_scale - alone.log_scale)
             assert off <= at.scale_error + alone.scale_error + count * (
                 both[0].at.error + tilted[0].at.error
@@ -305,14 +309,10 @@ class TestContour:
         high = contour.log_delta_bounds(first.contour.reverse, alone.upper)[1]
         assert high == pytest.approx(target, abs=1e-8)
         assert contour.log_delta_bounds(first.contour.reverse, alone.lower)[1] >= target
-        known = contour.epsilon_bounds(
-            pld._steps(add, add.dominating), target, first, first.contour.reverse
-        )
+        known = contour.epsilon_bounds(pld._steps(add, add.dominating), target, first)
         assert known.upper == first.lower > alone.upper
-        least = contour.Found(0.0, alone.lower * 0.99)
-        own = contour.epsilon_bounds(
-            pld._steps(add, add.dominating), target, least, first.contour.reverse
-        )
+        least = first._replace(lower=alone.lower * 0.99)
+        own = contour.epsilon_bounds(pld._steps(add, add.dominating), target, least)
         assert (own.lower, own.upper) == pytest.approx((alone.lower, alone.upper), rel=1e-9)
 
     @given(logs, deltas)

@@ -25,7 +25,7 @@ _TOGETHER = 4096  # products of pairs and nodes, of which the turns are in the c
 
 
 class Characteristic(NamedTuple):
-    """Sum over pairs of count log E_p[e^(i t (L - mean))] at each t; with an axis of tilts if they have one."""
+    """Sum over pairs of count log E_p[e^(i t (L - mean))]: arrays are (tilts, size)."""
 
     value: NDArray[np.complex128]
     error: Array
@@ -38,19 +38,20 @@ def log_characteristic(
     stack: Stack, at: Nodes, tilted: Tilt, spacing: float, size: int
 ) -> Characteristic:
     """The characteristic function of the centred loss at t = spacing * (0, ..., size - 1)."""
-    nodes = at.x.shape[-1]
-    loss = (at.above - at.below - tilted.mean[..., None]).reshape(-1, nodes)
-    every = tilted.p.reshape(-1, nodes)
-    kept = every.max(0) > _NEGLIGIBLE
-    p, loss = every[:, kept], loss[:, kept]
-    dropped = every[:, ~kept].sum(-1) + ends(at, tilted.p).ravel()
-    together = max(1, _TOGETHER // max(1, loss.shape[1]))
-    change = np.concatenate(
-        [
-            _change(p[i : i + together], loss[i : i + together], spacing, size)
-            for i in range(0, len(p), together)
-        ]
-    )
+    t = spacing * np.arange(size)
+    # The tilts share the turns of the loss around one centre, from which each is turned to its own.
+    centre = tilted.mean[0]
+    p, loss = tilted.p, at.known[..., 0] - centre[:, None]
+    dropped = ends(at, p)
+    kept = p.max((0, 1)) > _NEGLIGIBLE
+    if not kept.all():
+        dropped += p[..., ~kept].sum(-1)
+        p, loss = p[..., kept], loss[:, kept]
+    change = _change(p, loss, spacing, size)
+    if len(p) > 1:
+        half = np.multiply.outer((centre - tilted.mean[1:]) / 2, t)
+        turn = 2 * np.sin(half) * (1j * np.cos(half) - np.sin(half))
+        change[1:] += turn * (1 + change[1:])
     re, im = change.real, change.imag
     whole = 1 + re
     squared = 2 * re + re * re + im * im  # the modulus, squared, less 1
@@ -58,14 +59,13 @@ def log_characteristic(
     far = squared <= -0.5
     if far.any():
         modulus[far] = np.log(np.maximum(np.hypot(whole[far], im[far]), 1e-300))
-    t = spacing * np.arange(size)
-    spread = np.multiply.outer((p * np.abs(loss)).sum(-1), t)
+    spread = np.multiply.outer((p.swapaxes(0, 1) @ np.abs(loss)[..., None])[..., 0].T, t)
     error = UNIT * (
-        np.multiply.outer(tilted.wobble.ravel(), 1 + t)
-        + 16 * math.ceil(math.log2(size + 1)) * spread
+        np.multiply.outer(tilted.wobble, 1 + t)
+        + 16 * (1 + math.ceil(math.log2(size + 1))) * spread
         + 2 * loss.shape[1] * np.minimum(spread, 2.0)
     )
-    error += (2 * tilted.rounding.ravel() + 2 * dropped + at.error)[:, None]
+    error += (2 * tilted.rounding + 2 * dropped + at.error)[..., None]
     length = np.exp(modulus)
     least = np.maximum(length - error, 1e-300)
     most = np.minimum(length + error, 1.0)
@@ -74,28 +74,31 @@ def log_characteristic(
         most = np.where(stack.counts[:, None] > 0, most, least)
     logs = modulus + 1j * np.arctan2(im, whole)
     rounding = error / least + UNIT * (8 + len(stack.counts)) * np.abs(logs)
-    apart = (*tilted.p.shape[:-1], size)
-    off = np.abs(stack.counts) @ rounding.reshape(apart)
+    off = np.abs(stack.counts) @ rounding
     if stack.shape is not None:
         off += stack.interpolation_error(logs + 1j * np.multiply.outer(tilted.mean, t))
-    return Characteristic(
-        stack.counts @ logs.reshape(apart), off, stack.counts @ np.log(most).reshape(apart)
-    )
+    return Characteristic(stack.counts @ logs, off, stack.counts @ np.log(most))
 
 
 def _change(p: Array, loss: Array, spacing: float, size: int) -> NDArray[np.complex128]:
-    """Means under p of e^(i t L) - 1: (pairs, size)."""
+    """Means under each p of e^(i t L) - 1: (tilts, pairs, size)."""
+    tilts, pairs, nodes = p.shape
     # e^(i t L) for t = coarse + fine is a product, and its mean over nodes a matrix product: sqrt(size)
     # exponentials instead of size. e^(i u) - 1 in place of e^(i u) keeps the digits of small angles.
-    fine_size = size if size * len(p) <= 64 else math.ceil(math.sqrt(size))
-    fine = _turns(spacing * loss, fine_size)
-    mean_fine = (fine @ p[..., None])[..., 0]
-    if fine_size == size:
-        return mean_fine
-    coarse = _turns(spacing * fine_size * loss, math.ceil(size / fine_size)) * p[:, None, :]
-    change = coarse @ fine.swapaxes(1, 2)
-    change += coarse.sum(-1, keepdims=True) + mean_fine[:, None, :]
-    return change.reshape(len(p), -1)[:, :size]
+    fine_size = size if size * pairs <= 64 else math.ceil(math.sqrt(size))
+    coarse_size = math.ceil(size / fine_size)
+    together = max(1, _TOGETHER // max(1, nodes))
+    change = np.empty((tilts, pairs, coarse_size, fine_size), np.complex128)
+    for start in range(0, pairs, together):
+        rows = slice(start, start + together)
+        fine = _turns(spacing * loss[rows], fine_size)
+        mean_fine = fine @ p[:, rows, :, None]
+        change[:, rows] = mean_fine.swapaxes(2, 3)
+        if coarse_size > 1:
+            coarse = _turns(spacing * fine_size * loss[rows], coarse_size) * p[:, rows, None]
+            change[:, rows] += coarse @ fine.swapaxes(1, 2)
+            change[:, rows] += coarse.sum(-1, keepdims=True)
+    return change.reshape(tilts, pairs, -1)[..., :size]
 
 
 def _turns(angle: Array, size: int) -> NDArray[np.complex128]:
@@ -128,7 +131,7 @@ def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> Any:
     if stack.shape is not None:
         # The slowest of a grid, for all that it stands for: the losses of its corners vary the least.
         corners = np.arange(len(counts)).reshape(stack.shape)[[0, 0, -1, -1], [0, -1, 0, -1]]
-        tilted = tilted._replace(p=tilted.p[corners])
+        tilted = tilted._replace(p=tilted.p[:, corners])
         total = stack.total
         stack, at = some(stack, at, corners)
     noise = stack.noise

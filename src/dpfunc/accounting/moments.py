@@ -26,13 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpfunc.accounting.interpolation import residual
-from dpfunc.accounting.pairs import Array, GaussianPair, log_density
+from dpfunc.accounting.pairs import Array, GaussianPair, densities, log_density
 
 UNIT = 2.0**-53  # half of the spacing of floats at 1
 _DEEPEST = 8.6  # e^(y^2 / 2 - 2 pi y / h) is least there for the precision that is wanted
 _MOST_NODES = 1_000_000
-_TOGETHER = 32
-"""Pairs: of more, what is in between leaves the cache."""
+_TOGETHER = 1 << 16
+"""Tilts, pairs and nodes, multiplied: of more, what is in between leaves the cache."""
+_FURTHEST, _STEEPEST = 37.0, 700.0
+"""Up to this x and this power neither N(x) nor e^power leaves the range of float64."""
+_MOST_PAIRS = 32
 
 
 class TooManyNodes(Exception):
@@ -57,11 +60,13 @@ class Stack:
     """How many steps the grid stands for."""
 
     def interpolation_error(self, values: NDArray[Any]) -> Any:
-        """An estimate of the error of sums of count times values (pairs, ...) that are smooth in both."""
-        return 0.0 if self.shape is None else self.total * residual(values, self.shape)
+        """An estimate of the error of sums over pairs of count times values (tilts, pairs, ...)."""
+        if self.shape is None:
+            return 0.0
+        return self.total * residual(values.swapaxes(0, 1), self.shape)
 
 
-def stacks(pairs: Sequence[tuple[GaussianPair, float]], together: int = _TOGETHER) -> list[Stack]:
+def stacks(pairs: Sequence[tuple[GaussianPair, float]], together: int = _MOST_PAIRS) -> list[Stack]:
     """The pairs, those alike in shape together, so many at most."""
     shapes: dict[tuple[int, int], list[tuple[GaussianPair, float]]] = {}
     for pair, count in pairs:
@@ -88,6 +93,11 @@ class Nodes(NamedTuple):
     """a, the log density of P over N."""
     below: Array
     """b, that of Q."""
+    rise_above: Array
+    """e^a - 1"""
+    rise_below: Array
+    known: Array
+    """(pairs, nodes, 5): the loss, its square, that of x, and what rounding does to a and to b."""
     step: Array
     """(pairs,)"""
     error: float
@@ -107,14 +117,16 @@ def nodes(
     of_p, of_q = stack.above.shape[1] - 1, stack.below.shape[1] - 1
     precision = 38.0 + max(0.0, math.log(np.abs(stack.counts).sum()))
     falls = max(of_p, of_q) if both else of_q  # the density with the power -theta
-    depth = np.minimum(_DEEPEST, (0.6 if falls else 0.9) * math.pi * noise / max(of_p, of_q))
-    loss = precision + depth**2 / 2 + t * (of_p + of_q) * depth / noise
+    depth = np.minimum(_DEEPEST, (0.6 if falls else 0.9) * math.pi / max(of_p, of_q) * noise)
+    if falls:  # where loss / depth, and with it the number of nodes, is nearly least
+        depth = np.minimum(depth, np.sqrt(2 * precision / (1 + 0.3 * theta * (falls / noise) ** 2)))
+    loss = precision + depth * depth / 2 + t * (of_p + of_q) * depth / noise
     if falls:
         loss = loss - theta * np.log(np.cos(falls * depth / 2 / noise))
     reach = math.sqrt(2 * precision)
     right = of_p * (1 + theta) / noise
     right = right + _settles(stack.below, noise, theta, right)
-    left = reach + of_q / noise  # Q, of which `tilted` takes E[e^b - 1], is centred there
+    left = reach + of_q / noise  # Q, of which `log_moments` takes E[e^b - 1], is centred there
     if both:
         left = left + of_q * theta / noise
         left = left + _settles(stack.above, noise, theta, left - reach)
@@ -123,19 +135,27 @@ def nodes(
     if size * len(noise) > _MOST_NODES:
         raise TooManyNodes
     step = width / (size - 1)
-    x = step[:, None] * np.arange(size) - left[:, None]
-    log_weight = np.log(step[:, None] / math.sqrt(2 * math.pi)) - x * x / 2
-    above = log_density(stack.above, x, stack.noise)
-    below = log_density(stack.below, -x, stack.noise)
-    return Nodes(x, log_weight, above, below, step, 2 * math.exp(-precision))
+    x = step[:, None] * np.arange(size)
+    x -= left[:, None]
+    square = x * x
+    log_weight = np.log(step / math.sqrt(2 * math.pi))[:, None] - 0.5 * square
+    above, rise_above = densities(stack.above, x, stack.noise)
+    below, rise_below = densities(stack.below, -x, stack.noise)
+    loss = above - below
+    known = np.empty((*x.shape, 5))
+    known[..., 0], known[..., 1], known[..., 2] = loss, loss * loss, square
+    known[..., 3] = _wobble(stack.above, rise_above, x, stack.noise)
+    known[..., 4] = _wobble(stack.below, rise_below, x, stack.noise)
+    error = 2 * math.exp(-precision)
+    return Nodes(x, log_weight, above, below, rise_above, rise_below, known, step, error)
 
 
 def some(stack: Stack, at: Nodes, rows: slice | NDArray[Any]) -> tuple[Stack, Nodes]:
     """Some of the pairs."""
-    x, log_weight, above, below, step, error = at
+    *arrays, error = at
     return (
         Stack(stack.noise[rows], stack.above[rows], stack.below[rows], stack.counts[rows]),
-        Nodes(x[rows], log_weight[rows], above[rows], below[rows], step[rows], error),
+        Nodes(*(each[rows] for each in arrays), error),
     )
 
 
@@ -167,24 +187,100 @@ def _mean_shift(weights: Array, x: Array, noise: Array) -> Array:
     return sum((j * share for j, share in enumerate(given, 1)), np.zeros_like(x)) / noise
 
 
-def _rise(power: Array, whole: Array, weight: Array) -> Array:
-    """weight (e^power - 1), where whole = weight e^power or, beyond e^9, less."""
+class Moments(NamedTuple):
+    """Of each pair at some tilts: arrays are (tilts, pairs)."""
+
+    log_moment: Array
+    rounding: Array
+    """Bound on the error of log_moment, all but that of the quadrature."""
+    mean: Array
+    """Of the loss."""
+    variance: Array
+    """A guide, not a bound."""
+
+    def at(self, tilts: slice) -> Moments:
+        """Some of the tilts."""
+        return Moments(*(each[tilts] for each in self))
+
+
+def log_moments(stack: Stack, at: Nodes, thetas: Array) -> Moments:
+    """log M at some tilts.
+
+    The tilt -1 - theta is theta in the other direction, in which the loss is -L.
+
+    E[e^a] = E[e^b] = 1, so M - 1 = E[e^power - 1 - (1 + theta)(e^a - 1) + theta (e^b - 1)]: where a step
+    is nearly nothing, this difference is what has the digits. It is nowhere below 0, as e^power is
+    convex in (e^a, e^b): so the moduli of the three parts add up to M - 1 and twice `size` at most.
+    """
+    together = max(1, _TOGETHER // (len(thetas) * at.x.shape[1]))
+    if len(stack.noise) > together:
+        blocks = [slice(i, i + together) for i in range(0, len(stack.noise), together)]
+        parts = [log_moments(*some(stack, at, block), thetas) for block in blocks]
+        return Moments(*(np.concatenate(each, 1) for each in zip(*parts, strict=True)))
+    theta = thetas[:, None]
+    factors = 1 + theta, -theta
+    of_p, of_q = np.abs(factors)
+    weight = np.exp(at.log_weight)
+    power = theta[..., None] * at.known[..., 0]
+    power += at.above
+    safe = power.max() < _STEEPEST and np.abs(at.x[:, [0, -1]]).max() < _FURTHEST
+    if safe:
+        p = np.expm1(power, out=power)
+        p *= weight
+        excess = p.sum(-1)
+        p += weight
+        total = p.sum(-1)
+        log_moment = np.log(total)
+    else:
+        log_p = power + at.log_weight
+        excess = _rise(power, log_p, weight).sum(-1)
+        top = log_p.max(-1, keepdims=True)
+        log_p -= top
+        p = np.exp(log_p, out=log_p)
+        total = p.sum(-1)
+        log_moment = top[..., 0] + np.log(total)
+    mean, square, of_x, of_above, of_below = (p.swapaxes(0, 1) @ at.known).T / total
+    wobble = of_p * of_above + of_q * of_below
+    edge = ends(at, p) / total
+    rounding = UNIT * (40 + of_x + wobble) + edge
+    near = log_moment < 0.7
+    if near.any():
+        size: Any = 0.0
+        lost = 2.1 * edge + ends(at, weight)
+        for factor, weights, density, rise in (
+            (factors[0], stack.above, at.above, at.rise_above),
+            (factors[1], stack.below, at.below, at.rise_below),
+        ):
+            if weights.shape[1] > 1:
+                part = rise * weight if safe else _rise(density, density + at.log_weight, weight)
+                excess -= factor * part.sum(-1)
+                part = np.abs(part, out=part)
+                size = size + np.abs(factor) * part.sum(-1)
+                lost = lost + np.abs(factor) * ends(at, part)
+        excess = np.where(near, excess, 0.0)
+        error = UNIT * (wobble + 64 * size + 80 * np.abs(excess)) + lost
+        error += (2 + of_p + of_q) * at.error  # of the two further expectations
+        log_moment = np.where(near, np.log1p(excess), log_moment)
+        rounding = np.where(near, 2 * error, rounding)
+    return Moments(log_moment, rounding, mean, square - mean * mean)
+
+
+def _rise(power: Array, log_whole: Array, weight: Array) -> Array:
+    """weight (e^power - 1), where log_whole is that of weight e^power; beyond e^9 less."""
     near = np.expm1(np.minimum(power, 1))
     near *= weight
-    return np.where(power < 1, near, whole - weight)
+    return np.where(power < 1, near, np.exp(np.minimum(log_whole, 9)) - weight)
 
 
 class Tilt(NamedTuple):
-    """The tilted law of each pair; all arrays may have an axis of tilts in front."""
+    """The tilted laws of each pair."""
 
-    theta: Any
-    """A number, or (tilts, 1, 1)."""
+    theta: Array
+    """(tilts, 1, 1)"""
     p: Array
-    """(pairs, nodes)"""
+    """(tilts, pairs, nodes)"""
     mean: Array
-    """(pairs,), like the rest: of the loss."""
-    variance: Array
-    """A guide, not a bound."""
+    """(tilts, pairs), like the rest: of the loss."""
     log_moment: Array
     rounding: Array
     """Bound on the error of log_moment, all but that of the quadrature."""
@@ -192,71 +288,19 @@ class Tilt(NamedTuple):
     """Mean error of the loss at a node, in units in the last place."""
 
 
-def tilted(stack: Stack, at: Nodes, thetas: Array) -> Tilt:
-    """The law of the loss under e^(theta L) P, and its log moment, at some tilts.
-
-    The tilt -1 - theta is theta in the other direction, in which the loss is -L.
-    """
-    if len(stack.noise) > _TOGETHER:
-        blocks = [slice(i, i + _TOGETHER) for i in range(0, len(stack.noise), _TOGETHER)]
-        parts = [tilted(*some(stack, at, block), thetas) for block in blocks]
-        _, *joined = (np.concatenate(each, 1) for each in zip(*parts, strict=True))
-        return Tilt(parts[0].theta, *joined)
-    theta = thetas[:, None]
-    loss = at.above - at.below
-    power = theta[..., None] * loss
-    power += at.above
-    p = power + at.log_weight
-    top = p.max(-1, keepdims=True)
-    p -= top
+def tilted(stack: Stack, at: Nodes, thetas: Array, known: Moments | None = None) -> Tilt:
+    """The law of the loss under e^(theta L) P at some tilts; known: their moments, if they are."""
+    if known is None:
+        known = log_moments(stack, at, thetas)
+    theta = thetas[:, None, None]
+    p = theta * at.known[..., 0]
+    p += at.above
+    p += at.log_weight
+    p -= p.max(-1, keepdims=True)
     np.exp(p, out=p)
-    total = p.sum(-1, keepdims=True)
-    p /= total
-    log_moment = (top + np.log(total))[..., 0]
-    # The means under p of all that is known of a node, as one product of matrices.
-    known = np.empty((*loss.shape, 5))
-    known[..., 0], known[..., 1], known[..., 2] = loss, loss * loss, at.x * at.x
-    known[..., 3] = _wobble(stack.above, at.above, at.x, stack.noise)
-    known[..., 4] = _wobble(stack.below, at.below, at.x, stack.noise)
-    mean, square, of_x, of_above, of_below = (p.swapaxes(0, 1) @ known).T
-    of_p, of_q = np.abs(1 + theta), np.abs(theta)
-    wobble = of_p * of_above + of_q * of_below
-    rounding = UNIT * (40 + of_x + wobble) + ends(at, p)
-    near = log_moment < 0.7
-    if near.any():
-        # E[e^a] = E[e^b] = 1, so M - 1 = E[e^power - 1 - (1 + theta)(e^a - 1) + theta (e^b - 1)]: where
-        # a step is nearly nothing, this difference is what has the digits.
-        weight = np.exp(at.log_weight)
-        excess = _rise(power, p * (total * np.exp(np.minimum(top, 9))), weight)
-        size, lost = 0.0, ends(at, p + weight)
-        for factor, weights, density in (
-            (1 + theta, stack.above, at.above),
-            (-theta, stack.below, at.below),
-        ):
-            if weights.shape[1] > 1:
-                rise = _rise(density, np.exp(np.minimum(density + at.log_weight, 9)), weight)
-                excess -= factor[..., None] * rise
-                rise = np.abs(rise, out=rise)
-                size = size + np.abs(factor) * rise.sum(-1)
-                lost = lost + np.abs(factor) * ends(at, rise)
-        error = UNIT * (wobble + 40 * size) + lost
-        error += (2 + of_p + of_q) * at.error  # of the two further expectations
-        log_moment = np.where(near, np.log1p(np.where(near, excess.sum(-1), 0)), log_moment)
-        rounding = np.where(near, 2 * error, rounding)
-    return Tilt(
-        theta[..., None],
-        p,
-        mean,
-        square - mean * mean,
-        log_moment,
-        rounding,
-        of_above + of_below,
-    )
-
-
-def tilt(stack: Stack, at: Nodes, theta: float) -> Tilt:
-    """The same under one tilt."""
-    return Tilt(theta, *(array[0] for array in tilted(stack, at, np.array([theta]))[1:]))
+    p /= p.sum(-1, keepdims=True)
+    sums = (p.swapaxes(0, 1) @ at.known).T
+    return Tilt(theta, p, sums[0], known.log_moment, known.rounding, sums[3] + sums[4])
 
 
 def ends(at: Nodes, terms: Array) -> Array:
@@ -264,8 +308,8 @@ def ends(at: Nodes, terms: Array) -> Array:
     return (terms[..., 0] + terms[..., -1]) / at.step
 
 
-def _wobble(weights: Array, density: Array, x: Array, noise: Array) -> Array | float:
-    """Error of a log density at each node, in units in the last place.
+def _wobble(weights: Array, rise: Array, x: Array, noise: Array) -> Array | float:
+    """Error of a log density at each node, in units in the last place, from e^density - 1.
 
     log1p(sum of w (e^y - 1)), y = j x / noise - j^2 / (2 noise^2): a few units of each term, and what
     rounding y changes, which is at most its two parts times the weight that the others leave, or 1.
@@ -273,8 +317,8 @@ def _wobble(weights: Array, density: Array, x: Array, noise: Array) -> Array | f
     components = weights.shape[1] - 1
     if not components:
         return 0.0
-    parts = components * (np.abs(x) + components / noise) / noise
-    moved = np.abs(np.expm1(np.minimum(density, math.log(2))))
+    parts = 4 * components / noise * (np.abs(x) + components / noise)
+    moved = np.abs(np.minimum(rise, 1.0))
     rest = 1 - weights[:, :1]
     terms = moved if components == 1 else moved + rest
-    return 40 * terms + 4 * parts * (moved + rest)
+    return 40 * terms + parts * (moved + rest)

@@ -87,12 +87,21 @@ def log_density(weights: Array, x: Array, noise: float | Array) -> Array:
 
     Leading axes of weights (..., components), x (..., n) and noise (..., 1) go together.
     """
+    return densities(weights, x, noise)[0]
+
+
+def densities(weights: Array, x: Array, noise: float | Array) -> tuple[Array, Array]:
+    """The same, and that sum less 1 up to e^700, which is precise near 0 as well."""
     if weights.shape[-1] == 1:
-        return np.zeros_like(x)
+        nothing = np.zeros_like(x)
+        return nothing, nothing
     if weights.shape[-1] == 2 and weights[..., 0].min() >= 0.5:
-        y = x / noise - 0.5 / noise**2
-        rise = weights[..., 1, None] * np.expm1(np.minimum(y, 700.0))
-        return np.log1p(rise) + np.maximum(y - 700.0, 0.0)
+        y = x / noise
+        y -= 0.5 / noise**2
+        beyond = 0.0 if y.max(initial=0.0) <= 700 else np.maximum(y - 700.0, 0.0)
+        rise = np.expm1(np.minimum(y, 700.0, out=y), out=y)
+        rise *= weights[..., 1, None]
+        return np.log1p(rise) + beyond, rise
     near, far = np.zeros_like(x), np.full_like(x, -math.inf)
     small = np.ones_like(x, dtype=bool)
     with np.errstate(over="ignore", divide="ignore"):
@@ -104,8 +113,9 @@ def log_density(weights: Array, x: Array, noise: float | Array) -> Array:
             far = np.logaddexp(far, logs[..., j, None] + exponent)
         far = np.logaddexp(far, logs[..., 0, None])
         small &= near > -0.5
+        rise = np.where(small, near, np.expm1(np.minimum(far, 700.0)))
         near = np.log1p(np.maximum(near, -0.5))
-    return np.where(small, near, far)
+    return np.where(small, near, far), rise
 
 
 def _log(value: float) -> float:

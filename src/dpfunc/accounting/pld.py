@@ -254,9 +254,7 @@ def _product_epsilon(one: Direction, pairs: Counted, delta: float, than: Found) 
     found = Found(0.0, math.inf)
     steps = _steps(one, pairs)
     if steps is not None:
-        # `than` is of the other direction, whose contour can have brought along that of this one.
-        own = than.contour and than.contour.reverse
-        found = contour.epsilon_bounds(steps, math.log(delta), than, own) or found
+        found = contour.epsilon_bounds(steps, math.log(delta), than) or found
     # Near delta = 1 the profile is flat, and what the sum rounds is wide: for the lattice too.
     enough = found.upper <= than.lower or _is_narrow(found.lower, found.upper)
     enough = enough or (delta > 0.5 and found.upper < math.inf)
@@ -280,7 +278,7 @@ def _product_delta(one: Direction, pairs: Counted, epsilon: float) -> tuple[floa
     steps = _steps(one, pairs)
     if steps is not None:
         logs = contour.delta_bounds(steps, epsilon)
-        bounds = math.exp(min(logs[0], 0.0)), math.exp(min(logs[1], 0.0))
+        bounds = math.exp(min(logs.lower, 0.0)), math.exp(min(logs.upper, 0.0))
     if not bounds[1] - bounds[0] <= 1e-5 * bounds[1] and _fits_a_lattice(one, pairs):
         low, high = lattice_delta(_all(one.mu, pairs), np.array([epsilon]))
         bounds = max(bounds[0], float(low[0])), min(bounds[1], float(high[0]))
