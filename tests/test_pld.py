@@ -219,7 +219,7 @@ class TestMoments:
         t = 2.0**t
         at = moments.nodes(stack, theta, 4 * t, 0.3 * min(1.0, noise))
         tilted = moments.tilted(stack, at, np.array([theta]))
-        (bound,) = decay(stack, at, tilted, t)
+        (bound,) = decay(stack, at, tilted.p, tilted.theta, t)
         later = log_characteristic(stack, at, tilted, t / 8, 33)
         assert np.exp(later.value.real[0, 8:]).max() <= np.exp(bound) + 1e-13
 
@@ -247,6 +247,7 @@ class TestContour:
     def test_the_other_direction_says_below_of_less_and_never_of_more(self, noise, prob):
         found = directions.directions(directions.contents_of(Log([run(noise, prob, 1000)])))
         remove, add = (pld._steps(one, one.dominating) for one in found)
+        remove = remove._replace(two_way=True)
         target = math.log(1e-6)
         first, alone = (contour.epsilon_bounds(steps, target) for steps in (remove, add))
         more = first._replace(lower=alone.upper * 1.001)
@@ -302,6 +303,7 @@ class TestContour:
     def test_the_contour_that_serves_both_directions_agrees_with_one_of_its_own(self):
         log = Log([run(8.0, 0.01, 10_000)])
         remove, add = directions.directions(directions.contents_of(log))
+        remove = remove._replace(two_way=True)
         target = math.log(1e-5)
         first = contour.epsilon_bounds(pld._steps(remove, remove.dominating), target)
         alone = contour.epsilon_bounds(pld._steps(add, add.dominating), target)

@@ -12,12 +12,12 @@ bounds |E_p[e^(i u L)]| for *all* u >= t. Near y = t L'(x) / 2 it is close to wh
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfunc.accounting.moments import UNIT, Nodes, Stack, Tilt, ends, posterior, some
+from dpfunc.accounting.moments import UNIT, Nodes, Stack, Tilt, ends, posterior
 from dpfunc.accounting.pairs import Array
 
 _NEGLIGIBLE = 1e-19
@@ -121,19 +121,14 @@ def _turns(angle: Array, size: int) -> NDArray[np.complex128]:
     return turns
 
 
-def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> Any:
-    """Upper bound on sum of count log |E_p[e^(i u L)]| for all u >= t.
+def decay(stack: Stack, at: Nodes, p: Array, theta: Array, t: float) -> Array:
+    """Upper bound on sum of count log |E_p[e^(i u L)]| for all u >= t, under the law p of each tilt.
+
+    With fewer counts than pairs, a count is that of the slowest of so many neighbours.
 
     The integral over the curve is a trapezoid sum whose error, unlike that of `nodes`, is an estimate:
     the difference to the sum over every other node, taken twice.
     """
-    counts, total = stack.counts, None
-    if stack.shape is not None:
-        # The slowest of a grid, for all that it stands for: the losses of its corners vary the least.
-        corners = np.arange(len(counts)).reshape(stack.shape)[[0, 0, -1, -1], [0, -1, 0, -1]]
-        tilted = tilted._replace(p=tilted.p[:, corners])
-        total = stack.total
-        stack, at = some(stack, at, corners)
     noise = stack.noise
     given_p = posterior(stack.above, at.x, noise, at.above)
     given_q = posterior(stack.below, -at.x, noise, at.below)
@@ -145,13 +140,11 @@ def decay(stack: Stack, at: Nodes, tilted: Tilt, t: float) -> Any:
     turned = (y / slope) ** 2 * t * np.clip(noise / 2, 0.25, 1.0) * (bend_p - bend_q)
     size_p, angle_p = _rotated(given_p, y / noise)
     size_q, angle_q = _rotated(given_q, -y / noise)
-    exponent = (
-        y * y / 2 + (1 + tilted.theta) * size_p - tilted.theta * size_q - t * (angle_p - angle_q)
-    )
-    change = _grown(tilted.p, exponent + 0.5 * np.log1p(turned * turned))
+    exponent = y * y / 2 + (1 + theta) * size_p - theta * size_q - t * (angle_p - angle_q)
+    change = _grown(p, exponent + 0.5 * np.log1p(turned * turned))
     whole, half = change.sum(-1), 2 * change[..., ::2].sum(-1)
     each = np.log1p(np.minimum(whole + 2 * np.abs(whole - half), 0.0))
-    return each @ counts if total is None else total * each.max()
+    return each.reshape(len(each), len(stack.counts), -1).max(2) @ stack.counts
 
 
 def _grown(p: Array, exponent: Array) -> Array:

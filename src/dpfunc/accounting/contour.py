@@ -55,34 +55,41 @@ def contour(
     Returns None where the sum would take too many nodes: few steps, or rarely hit ones.
     """
     try:
-        found = saddle(steps, log_delta, epsilon)
+        found = saddle(steps.sketch or steps, log_delta, epsilon)
         return None if found is None else _planned(steps, *found)
     except moments.TooManyNodes:
         return None
 
 
-def _closer(steps: Steps, at: Contour, epsilon: float, log_delta: float) -> Contour | None:
+def _closer(
+    steps: Steps, at: Contour, epsilon: float, log_delta: float, both: bool | None = None
+) -> Contour | None:
     """The same, planned anew: the aliases were planned for a guess, and now more is known."""
     try:
-        return None if at.row is None else _planned(steps, at.row, epsilon, log_delta)
+        return None if at.plan is None else _planned(steps, at.plan, epsilon, log_delta, both)
     except moments.TooManyNodes:
         return None
 
 
 def _planned(
-    steps: Steps, found: Row, epsilon: float, log_delta: float, both: bool | None = None
+    steps: Steps, plan: Row, epsilon: float, log_delta: float, both: bool | None = None
 ) -> Contour | None:
     """The contour for a point of the profile that is near the saddle points of the row."""
-    chosen = choose(found, epsilon, log_delta)
+    chosen = choose(plan, epsilon, log_delta)
     if chosen is None:
         return None
-    index, period = chosen
-    theta = float(found.theta[index])
-    needed = float(found.value[index]) - theta * epsilon - log_delta - SMALL
-    # Far out the loss moves as much as without a tilt, which may show a few rare hits.
-    t_guess = reach(needed, min(float(found.variance[index]), float(found.variance[0])))
     if both is None:
-        both = steps.two_way and not _surely_below(found, 0.98 * epsilon, log_delta)
+        both = steps.two_way and not _surely_below(plan, 0.98 * epsilon, log_delta)
+    index, period = chosen.tilt, chosen.period
+    theta = float(plan.theta[index])
+    needed = float(plan.value[index]) - theta * epsilon - log_delta - SMALL
+    # Far out the loss moves as much as without a tilt, which may show a few rare hits.
+    t_guess = reach(needed, min(float(plan.variance[index]), float(plan.variance[0])))
+    found = plan
+    if steps.sketch is not None:
+        # Between the tilts that were chosen some more: where all is less smooth than few pairs say.
+        few = [chosen.below, *range(index, chosen.above + 1)[:4]]
+        found, index = row(steps, plan.theta[few], 1.3 * t_guess, ready=both), 1
     reached = _reach(steps, found, index, t_guess, needed, _MOST_TERMS / period, both)
     if reached is None:
         return None
@@ -94,7 +101,7 @@ def _planned(
     log_alias = found.ceiling - _log_expm1(np.abs(found.theta - theta) * period)
     parts = slice(index + 1, None), slice(index)
     aliases = tuple((found.theta[part], log_alias[part]) for part in parts)
-    return at._replace(planned=epsilon, row=found, aliases=aliases)
+    return at._replace(planned=epsilon, row=found, plan=plan, aliases=aliases)
 
 
 def _surely_below(found: Row, epsilon: float, log_delta: float) -> bool:
@@ -172,9 +179,9 @@ def epsilon_bounds(steps: Steps, log_delta: float, than: Found | None = None) ->
         if not bounds[1] - bounds[0] <= 0.5 * width:
             break
     found = Found(*bounds, at)
-    if steps.two_way and at.row and at.reverse is None and not _is_below(log_delta, found):
+    if steps.two_way and at.reverse is None and not _is_below(log_delta, found):
         # The plan was off, and Chernoff's bound does not tell the directions apart after all.
-        again = _planned(steps, at.row, center, log_delta, both=True)
+        again = _closer(steps, at, center, log_delta, both=True)
         found = found if again is None else found._replace(contour=again)
     return found
 
@@ -182,10 +189,12 @@ def epsilon_bounds(steps: Steps, log_delta: float, than: Found | None = None) ->
 def delta_bounds(steps: Steps, epsilon: float, than: Found | None = None) -> Found:
     """Bounds on log delta at an epsilon, of which only Chernoff's where the sum takes too many nodes.
 
-    They may be both below than.lower, which is of the other direction.
+    They may be both below the log of than.lower, the delta of the other direction.
     """
-    if than is not None and _is_below(than.lower, than._replace(lower=epsilon)):
-        return Found(-math.inf, than.lower)
+    if than is not None:
+        log_delta = math.log(than.lower)
+        if _is_below(log_delta, than._replace(lower=epsilon)):
+            return Found(-math.inf, log_delta)
     at = contour(steps, epsilon=epsilon)
     if at is None:
         return Found(-math.inf, chernoff(steps, epsilon))
@@ -244,15 +253,19 @@ def _outward(at: Contour, center: float, log_delta: float) -> tuple[float, float
 
 def chernoff(steps: Steps, epsilon: float) -> float:
     """An upper bound on log delta, from a few evaluations of the moment function."""
-    try:
-        found = row(steps, guess(steps, None, epsilon) * 2.0 ** np.arange(-3.0, 3.5, 0.5))
-    except moments.TooManyNodes:
-        return 0.0
-    return float(np.min(found.ceiling - found.theta * epsilon))
+    near, cliff, _ = guess(steps, None, epsilon)
+    best = 0.0
+    for middle in {near, min(near, cliff)}:
+        try:
+            found = row(steps, middle * 2.0 ** np.arange(-3.0, 3.5, 0.5))
+        except moments.TooManyNodes:
+            continue
+        best = min(best, float(np.min(found.ceiling - found.theta * epsilon)))
+    return best
 
 
 def _chernoff_epsilon(steps: Steps, log_delta: float) -> float | None:
-    thetas = guess(steps, log_delta, None) * 1.25 ** np.arange(-60.0, 10.0)
+    thetas = guess(steps, log_delta, None)[0] * 1.25 ** np.arange(-60.0, 10.0)
     while thetas[-1] > 1e-6:
         try:
             found = row(steps, thetas)

@@ -29,8 +29,8 @@ import numpy as np
 
 from dpfunc.accounting.interpolation import Cells, Grid, fold, grids, some_of
 from dpfunc.accounting.laplace import LaplacePair, SplicedPair
-from dpfunc.accounting.moments import Stack, stacks
-from dpfunc.accounting.pairs import GaussianPair, Pair
+from dpfunc.accounting.moments import Stack
+from dpfunc.accounting.pairs import Array, GaussianPair, Pair
 from dpfunc.events import MECHANISMS, Columns, Kind, Log
 
 Counted = tuple[tuple[Pair, float], ...]
@@ -55,6 +55,8 @@ class Direction(NamedTuple):
     """At least as likely as that any step draws what differs: bounds the total variation distance."""
     bare_prob: float = 0.0
     """How likely a step without noise draws it, at least."""
+    two_way: bool = False
+    """Whether the next direction is this one's reverse, and will be asked for after it."""
 
     @property
     def is_gaussian(self) -> bool:
@@ -203,17 +205,23 @@ def _within_range(step: Step) -> tuple[Step, Step | None]:
 
 
 def _stack(name: str, grid: Grid, kind: Kind, group_size: int) -> Stack:
-    pairs = [
-        (_pairs(name, Step(kind, noise, prob, 1.0), group_size)[0], weight)
-        for noise, prob, weight in zip(
-            grid.noise_multiplier.tolist(),
-            grid.sampling_prob.tolist(),
-            grid.weight.tolist(),
-            strict=True,
-        )
-    ]
-    (stack,) = stacks(pairs, len(pairs))  # pyright: ignore[reportArgumentType]
-    return replace(stack, shape=grid.shape, total=grid.total)
+    """The pairs of `_pairs`, all at once."""
+
+    def of(places: Array, counts: Array) -> Stack:
+        noise, prob = places.reshape(2, -1)
+        laws = [(1 - q, q) if group_size == 1 else _binomial(group_size, q) for q in prob.tolist()]
+        drawn, one = np.array(laws), np.ones((len(laws), 1))
+        below = drawn if kind.relation == "replace_one" else one
+        above, below = _turned(name, drawn, below)
+        return Stack(noise[:, None], above, below, counts)
+
+    return replace(
+        of(np.stack([grid.noise_multiplier, grid.sampling_prob]), grid.weight),
+        shape=grid.shape,
+        total=grid.total,
+        centres=of(grid.centres, grid.counts),
+        corners=of(grid.corners, grid.counts),
+    )
 
 
 def _refuse_unknown(kind: Kind, sampling_prob: float, group_size: int) -> None:
@@ -272,5 +280,5 @@ def _binomial(size: int, prob: float) -> tuple[float, ...]:
     )
 
 
-def _turned(name: str, above: tuple[float, ...], below: tuple[float, ...]) -> Any:
+def _turned(name: str, above: Any, below: Any) -> Any:
     return (below, above) if name == "add" else (above, below)

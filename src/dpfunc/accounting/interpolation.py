@@ -29,7 +29,7 @@ SIZES = 24, 20
 """Nodes for the noise multiplier and for the probability in a panel where the other is constant."""
 _BOTH = 19, 14
 """And where neither is: rows are their product."""
-_CELL = math.log(2.0) / 8, math.log(2.0) / 2
+_CELL = np.array([math.log(2.0) / 8, math.log(2.0) / 2])
 _SPANS = 8, 4
 """Most cells in a panel."""
 _CHUNK = 1 << 16
@@ -54,6 +54,12 @@ class Grid(NamedTuple):
     weight: Array
     shape: tuple[int, int]
     total: float
+    counts: Array
+    """(cells,) of steps in each cell of the panel."""
+    centres: Array
+    """(2, cells) the noise multiplier and probability that its steps have in the mean of logarithms."""
+    corners: Array
+    """(2, cells, corners) and those at the ends of its range."""
 
 
 Cells = dict[tuple[int, int, int], Cell]
@@ -76,7 +82,7 @@ def fold(cells: Cells | None, columns: Columns) -> Cells:
     for start in range(0, len(columns.count), _CHUNK):
         part = some_of(columns, slice(start, start + _CHUNK))
         logs = np.log(np.stack([part.noise_multiplier, part.sampling_prob]))
-        at = np.floor(logs / np.array(_CELL)[:, None]).astype(np.int64)
+        at = np.floor(logs / _CELL[:, None]).astype(np.int64)
         code = ((part.kind << 16) + at[0] << 16) + at[1]  # logs of floats: each well within 2^15
         for one in np.unique(code):
             rows = np.flatnonzero(code == one)
@@ -153,8 +159,31 @@ def _grid(kind: int, cells: dict[tuple[int, int], Cell], spans: tuple[range, ran
         log = _CELL[i] * (spans[i].start + len(spans[i]) * (_points(size) + 1) / 2)
         values.append(np.exp(log) if size > 1 else low[i : i + 1])
     noise, prob = np.meshgrid(*values, indexing="ij")
-    total = float(sum(cell.moments[0, 0] for cell in cells.values()))
-    return Grid(kind, noise.ravel(), prob.ravel(), moments.ravel(), (sizes[0], sizes[1]), total)
+    counts = np.array([cell.moments[0, 0] for cell in cells.values()])
+    return Grid(
+        kind,
+        noise.ravel(),
+        prob.ravel(),
+        moments.ravel(),
+        (sizes[0], sizes[1]),
+        float(counts.sum()),
+        counts,
+        np.stack([_centre(place, cell) for place, cell in cells.items()], 1),
+        np.stack([_corners(cell, varies) for cell in cells.values()], 1),
+    )
+
+
+def _centre(place: tuple[int, int], cell: Cell) -> Array:
+    mean = np.array([cell.moments[1, 0], cell.moments[0, 1]]) / cell.moments[0, 0]
+    return np.clip(np.exp(_CELL * (place + (mean + 1) / 2)), cell.low, cell.high)
+
+
+def _corners(cell: Cell, varies: NDArray[np.bool_]) -> Array:
+    """(2, corners) all ends in each direction in which the panel varies."""
+    ends = [
+        [low, high] if vary else [low] for low, high, vary in zip(*cell[1:], varies, strict=True)
+    ]
+    return np.reshape(np.meshgrid(*ends, indexing="ij"), (2, -1))
 
 
 @cache

@@ -58,6 +58,10 @@ class Stack:
     """Of the grid that the pairs then are."""
     total: float = 0.0
     """How many steps the grid stands for."""
+    centres: Stack | None = None
+    """Of the cells that it stands for: one pair for the steps of each."""
+    corners: Stack | None = None
+    """And the extreme pairs of each, one after another; counts (cells,)."""
 
     def interpolation_error(self, values: NDArray[Any]) -> Any:
         """An estimate of the error of sums over pairs of count times values (tilts, pairs, ...)."""
@@ -155,7 +159,7 @@ def some(stack: Stack, at: Nodes, rows: slice | NDArray[Any]) -> tuple[Stack, No
     *arrays, error = at
     return (
         Stack(stack.noise[rows], stack.above[rows], stack.below[rows], stack.counts[rows]),
-        Nodes(*(each[rows] for each in arrays), error),
+        Nodes._make([*(each[rows] for each in arrays), error]),
     )
 
 
@@ -292,15 +296,21 @@ def tilted(stack: Stack, at: Nodes, thetas: Array, known: Moments | None = None)
     """The law of the loss under e^(theta L) P at some tilts; known: their moments, if they are."""
     if known is None:
         known = log_moments(stack, at, thetas)
-    theta = thetas[:, None, None]
-    p = theta * at.known[..., 0]
+    p = law(at, thetas)
+    sums = (p.swapaxes(0, 1) @ at.known).T
+    wobble = sums[3] + sums[4]
+    return Tilt(thetas[:, None, None], p, sums[0], known.log_moment, known.rounding, wobble)
+
+
+def law(at: Nodes, thetas: Array) -> Array:
+    """Its probabilities of the nodes."""
+    p = thetas[:, None, None] * at.known[..., 0]
     p += at.above
     p += at.log_weight
     p -= p.max(-1, keepdims=True)
     np.exp(p, out=p)
     p /= p.sum(-1, keepdims=True)
-    sums = (p.swapaxes(0, 1) @ at.known).T
-    return Tilt(theta, p, sums[0], known.log_moment, known.rounding, sums[3] + sums[4])
+    return p
 
 
 def ends(at: Nodes, terms: Array) -> Array:

@@ -163,7 +163,9 @@ class _Choice:
                 )
             return [one for one in found if one.name == self.name]
         # Full-batch Gaussians are their own reverse.
-        return list(found[:1] if all(one.is_gaussian for one in found) else found)
+        if len(found) < 2 or all(one.is_gaussian for one in found):
+            return list(found[:1])
+        return [found[0]._replace(two_way=True), *found[1:]]
 
 
 def _largest_epsilon(chosen: list[Direction], delta: float) -> tuple[float, float]:
@@ -176,8 +178,12 @@ def _largest_epsilon(chosen: list[Direction], delta: float) -> tuple[float, floa
 
 
 def _largest_delta(chosen: list[Direction], epsilon: float) -> tuple[float, float]:
-    bounds = [_delta(one, epsilon) for one in chosen] or [(0.0, 0.0)]
-    return float(max(low for low, _ in bounds)), float(max(high for _, high in bounds))
+    best = Found(0.0, 0.0)
+    for one in chosen:
+        found = _delta(one, epsilon, best)
+        lower, upper = max(best.lower, found.lower), max(best.upper, found.upper)
+        best = Found(float(lower), float(upper), found.contour)
+    return best.lower, best.upper
 
 
 def _each(bounds: Callable[[float], tuple[float, float]], values: ArrayLike) -> Any:
@@ -198,20 +204,25 @@ def _epsilon(one: Direction, delta: float, than: Found = _NOTHING) -> Found:
         return Found(math.inf if one.bare_prob > delta else 0.0, math.inf)
     low, high, by = _product_epsilon(one, one.dominating, delta, than)
     if one.realised != one.dominating:
-        low = _product_epsilon(one, one.realised, delta, _NOTHING).lower
+        alone = one._replace(two_way=False)
+        low = _product_epsilon(alone, one.realised, delta, _NOTHING).lower
     return Found(max(0.0, min(low, high)), max(0.0, high), by)
 
 
-def _delta(one: Direction, epsilon: float) -> tuple[float, float]:
+def _delta(one: Direction, epsilon: float, than: Found = _NOTHING) -> Found:
+    """Of one direction: an interval of delta, or one below than.lower."""
     if one.mu == math.inf:
-        return one.bare_prob, min(1.0, one.hit_prob)
-    low, high = _product_delta(one, one.dominating, epsilon)
+        return Found(one.bare_prob, min(1.0, one.hit_prob))
+    if one.overflow_prob:
+        one, than = one._replace(two_way=False), _NOTHING
+    low, high, by = _product_delta(one, one.dominating, epsilon, than)
     if one.realised != one.dominating:
-        low, _ = _product_delta(one, one.realised, epsilon)
+        alone = one._replace(two_way=False)
+        low = _product_delta(alone, one.realised, epsilon, _NOTHING).lower
     low, high = min(low, high), min(high, one.hit_prob)
     # Either law may differ from the product's by overflow_prob, and Q counts e^epsilon times.
     beside = _beside(one, epsilon)
-    return min(max(0.0, low - beside), 1.0), min(high + beside, 1.0)
+    return Found(min(max(0.0, low - beside), 1.0), min(high + beside, 1.0), by)
 
 
 def _beside(one: Direction, epsilon: float) -> float:
@@ -228,7 +239,7 @@ def _epsilon_beside(one: Direction, delta: float) -> Found:
     What they differ by rises with epsilon. So an epsilon found with the room that is left at a larger
     one is an upper bound, and one found with the delta that a larger one may hide is a lower.
     """
-    exact = one._replace(overflow_prob=0.0)
+    exact = one._replace(overflow_prob=0.0, two_way=False)
     low, high, _ = _epsilon(exact, delta)
     hidden = delta + _beside(one, low) if low < math.inf else 1.0
     least = _epsilon(exact, hidden).lower if hidden < 1 else 0.0
@@ -268,21 +279,25 @@ def _is_narrow(low: float, high: float) -> bool:
     return high < math.inf and high - max(low, 0.0) <= WIDTH * max(1.0, high)
 
 
-def _product_delta(one: Direction, pairs: Counted, epsilon: float) -> tuple[float, float]:
+def _product_delta(one: Direction, pairs: Counted, epsilon: float, than: Found) -> Found:
     if not pairs and not one.grids:
-        return full_batch_delta(one.mu, epsilon)
+        return Found(*full_batch_delta(one.mu, epsilon))
     single = _single(one, pairs)
     if single is not None:
-        return one_step_delta(*single, epsilon)
-    bounds = (0.0, 1.0)
+        return Found(*one_step_delta(*single, epsilon))
+    found, below = Found(0.0, 1.0), False
     steps = _steps(one, pairs)
     if steps is not None:
-        logs = contour.delta_bounds(steps, epsilon)
-        bounds = math.exp(min(logs.lower, 0.0)), math.exp(min(logs.upper, 0.0))
-    if not bounds[1] - bounds[0] <= 1e-5 * bounds[1] and _fits_a_lattice(one, pairs):
+        logs = contour.delta_bounds(steps, epsilon, than if than.lower > 0 else None)
+        below = than.lower > 0 and logs.upper <= math.log(than.lower)
+        low, high = math.exp(min(logs.lower, 0.0)), math.exp(min(logs.upper, 0.0))
+        found = Found(low, high, logs.contour)
+    enough = below or found.upper - found.lower <= 1e-5 * found.upper
+    if not enough and _fits_a_lattice(one, pairs):
         low, high = lattice_delta(_all(one.mu, pairs), np.array([epsilon]))
-        bounds = max(bounds[0], float(low[0])), min(bounds[1], float(high[0]))
-    return bounds
+        lower, upper = max(found.lower, float(low[0])), min(found.upper, float(high[0]))
+        found = found._replace(lower=lower, upper=upper)
+    return found
 
 
 def _steps(one: Direction, pairs: Counted) -> Steps | None:
@@ -290,7 +305,7 @@ def _steps(one: Direction, pairs: Counted) -> Steps | None:
     gaussian = [(pair, count) for pair, count in pairs if isinstance(pair, GaussianPair)]
     if len(gaussian) < len(pairs) or not _is_in_range(pairs):
         return None
-    return Steps([*moments.stacks(gaussian), *one.grids], one.mu, one.name == "remove")
+    return Steps([*moments.stacks(gaussian), *one.grids], one.mu, one.two_way)
 
 
 def _all(mu: float, pairs: Counted) -> Counted:

@@ -25,8 +25,13 @@ class Steps(NamedTuple):
     mu: float = 0.0
     two_way: bool = False
     """Whether the other direction, in which P and Q are exchanged, will be asked for too."""
-    sketch: list[Stack] | None = None
-    """Few pairs whose K is near that of all, to plan with."""
+
+    @property
+    def sketch(self) -> Steps | None:
+        """Few pairs whose K is near that of all, where these are many: to plan with."""
+        if all(stack.centres is None for stack in self.stacks):
+            return None
+        return self._replace(stacks=[stack.centres or stack for stack in self.stacks])
 
 
 class Laid(NamedTuple):
@@ -37,6 +42,8 @@ class Laid(NamedTuple):
     t: float
     both: bool
     moments: list[Moments]
+    tilts: int
+    """Of them in this direction, before those of the other."""
 
 
 class Row(NamedTuple):
@@ -56,14 +63,16 @@ class Row(NamedTuple):
 
 def is_small(steps: Steps) -> bool:
     """Whether numpy spends more on its calls than on numbers: twice as many cost little more."""
-    return (
-        sum(s.counts.size if s.shape is None else _FEW_PAIRS + 1 for s in steps.stacks)
-        <= _FEW_PAIRS
-    )
+    return sum(stack.counts.size for stack in steps.stacks) <= _FEW_PAIRS
 
 
-def row(steps: Steps, thetas: Array, t: float = 0.0, *, both: bool = False) -> Row:
-    """K at rising tilts, by nodes that serve |Im z| <= t too; both: and of the other direction."""
+def row(
+    steps: Steps, thetas: Array, t: float = 0.0, *, both: bool = False, ready: bool = False
+) -> Row:
+    """K at rising tilts, by nodes that serve |Im z| <= t too; both: and of the other direction.
+
+    ready: the nodes serve that as well.
+    """
     # In the other direction K is that of this one at -1 - theta, and the loss is -L.
     every = np.concatenate([thetas, -1 - thetas]) if both else thetas
     theta = float(thetas[-1])
@@ -73,7 +82,7 @@ def row(steps: Steps, thetas: Array, t: float = 0.0, *, both: bool = False) -> R
     error = np.full_like(every, 64 * UNIT)
     laid, found = [], []
     for stack in steps.stacks:
-        at = lay(stack, theta, t, both)
+        at = lay(stack, theta, t, both or ready)
         if at.x.size * len(every) > _MOST_ROW:
             raise moments.TooManyNodes
         own, counts = moments.log_moments(stack, at, every), np.abs(stack.counts)
@@ -97,7 +106,7 @@ def row(steps: Steps, thetas: Array, t: float = 0.0, *, both: bool = False) -> R
         np.maximum(variance, 1e-300),
         ceiling[:size],
         ceiling[size:] if both else None,
-        Laid(laid, theta, t, both, found),
+        Laid(laid, theta, t, both or ready, found, size),
     )
 
 

@@ -6,6 +6,7 @@ They decide how narrow the bounds are, never whether they hold.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def saddle(
     steps: Steps, log_delta: float | None, epsilon: float | None
 ) -> tuple[Row, float, float] | None:
     """Tilts around the saddle point, its epsilon and its log delta, of which one or both are given."""
-    near, cliff, variance = _guess(steps, log_delta, epsilon)
+    near, cliff, variance = guess(steps, log_delta, epsilon)
     thetas = min(near, cliff) * _RATIO ** np.arange(-6.0, 4.0)
     both = steps.two_way and is_small(steps)
     # Where losses are nearly normal the sum's own nodes are few, and they serve the search as well.
@@ -57,17 +58,11 @@ def saddle(
     return None
 
 
-def guess(steps: Steps, log_delta: float | None, epsilon: float | None) -> float:
-    """A tilt near the saddle point."""
-    near, cliff, _ = _guess(steps, log_delta, epsilon)
-    return min(near, cliff)
-
-
-def _guess(
+def guess(
     steps: Steps, log_delta: float | None, epsilon: float | None
 ) -> tuple[float, float, float]:
-    """The tilt for the Gaussian law that the central limit theorem suggests, the tilt from which on a
-    single rare hit outweighs what that says, and the variance of the law.
+    """The tilt for the Gaussian law that the central limit theorem suggests, the tilt near which a
+    single rare hit begins to outweigh what that says, and the variance of the law.
     """
     variance, cliff = steps.mu**2, 1e3
     for stack in steps.stacks:
@@ -89,18 +84,33 @@ def reach(needed: float, variance: float) -> float:
     return math.sqrt(2.3 * max(needed, 1.0) / variance)
 
 
-def choose(found: Row, epsilon: float, log_delta: float) -> tuple[int, float] | None:
+class Choice(NamedTuple):
+    """Indices of tilts, and a period."""
+
+    tilt: int
+    """Of where to sum."""
+    below: int
+    """Of the tilts whose Chernoff bounds say how small the aliases are."""
+    above: int
+    period: float
+
+
+def choose(found: Row, epsilon: float, log_delta: float) -> Choice | None:
     """The tilt whose aliases are small with the shortest period, of those that cancel few digits."""
     thetas = found.theta
     exponents = found.value - thetas * epsilon
     excess = found.ceiling - thetas * epsilon - log_delta - SMALL
     distance = thetas[None, :] - thetas[:, None]
     np.fill_diagonal(distance, math.nan)
-    needed = np.maximum(excess, 1.0) / np.abs(distance)
-    periods = np.maximum(
-        needed.min(1, where=distance > 0, initial=math.inf),
-        needed.min(1, where=distance < 0, initial=math.inf),
-    )
+    needed = np.maximum(excess, 1.0) / distance
+    above, below = np.where(needed > 0, needed, math.inf), np.where(needed < 0, -needed, math.inf)
+    periods = np.maximum(above.min(1), below.min(1))
     periods[(exponents > exponents.min() + _DIGITS) | (thetas == 0)] = math.inf
     best = int(periods.argmin())
-    return (best, float(periods[best])) if math.isfinite(periods[best]) else None
+    if not math.isfinite(periods[best]):
+        return None
+    # Of the tilts above the nearest that serves nearly as well: those far out may be on a cliff.
+    enough = max(float(periods[best]), 1.2 * float(above[best].min()))
+    nearest = int((above[best] <= enough).argmax())
+    period = max(float(periods[best]), float(above[best, nearest]))
+    return Choice(best, int(below[best].argmin()), nearest, period)

@@ -34,7 +34,9 @@ class Contour(NamedTuple):
     """Sums of the moduli of the terms, and of t times those."""
     spacing: float
     row: Row | None = None
-    """Around the tilt: for the aliases."""
+    """Around the tilt: for the aliases, and Chernoff's bounds."""
+    plan: Row | None = None
+    """What the tilt was chosen from: that row, or one of few pairs that stand for many."""
     aliases: tuple[tuple[Array, Array], ...] = ()
     """For those above epsilon and those below: tilts, and log of the bound less tilt times epsilon."""
     reverse: Contour | None = None
@@ -47,6 +49,8 @@ class Tilted(NamedTuple):
     stack: Stack
     at: Nodes
     tilt: Tilt
+    falling: tuple[Stack, Nodes, Array]
+    """The stack whose decay bounds this one's: it, or the corners of its cells; and its law."""
 
 
 def tilted(
@@ -67,27 +71,32 @@ def tilted(
     for i, stack in enumerate(steps.stacks):
         at = laid.nodes[i] if serves and laid is not None else lay(stack, theta, t, both)
         known = None if laid is None else _known(stack, at, laid, i, index, thetas)
-        found.append(Tilted(stack, at, moments.tilted(stack, at, thetas, known)))
+        tilt = moments.tilted(stack, at, thetas, known)
+        falling = stack, at, tilt.p
+        if stack.corners is not None:
+            beside = lay(stack.corners, theta, t, both)
+            falling = stack.corners, beside, moments.law(beside, thetas)
+        found.append(Tilted(stack, at, tilt, falling))
     return found
 
 
 def _known(stack: Stack, at: Nodes, laid: Laid, i: int, index: int, thetas: Array) -> Moments:
     """The moments of a row's stack at the tilt of this index, and in the other direction."""
     of_row = laid.moments[i]
+    own = of_row.at(slice(index, index + 1))
     if len(thetas) == 1:
-        return of_row.at(slice(index, index + 1))
-    if laid.both:
-        return of_row.at(slice(index, None, len(of_row.mean) // 2))
+        return own
+    if len(of_row.mean) > laid.tilts:
+        return of_row.at(slice(index, None, laid.tilts))
     other = moments.log_moments(stack, at, thetas[1:])
-    both = zip(of_row.at(slice(index, index + 1)), other, strict=True)
-    return Moments(*(np.concatenate(each) for each in both))
+    return Moments(*(np.concatenate(each) for each in zip(own, other, strict=True)))
 
 
 def log_tail(steps: Steps, laws: list[Tilted], t_last: float) -> Array:
     """log of a bound on what the terms beyond t_last add up to, over e^(K(theta) - theta epsilon)."""
     bound = np.full(len(laws[0].tilt.theta), -((steps.mu * t_last) ** 2) / 2)
-    for stack, at, tilt in laws:
-        bound += decay(stack, at, tilt, t_last)
+    for one in laws:
+        bound += decay(*one.falling, one.tilt.theta, t_last)
     # They are (2 / T) sum of e^bound / t_j^2, and the sum of 1 / t_j^2 is at most T / (2 pi t_last).
     return bound - math.log(math.pi * t_last)
 
@@ -104,7 +113,7 @@ def total(
     scale_error: Any = 8 * UNIT * log_scale
     ceiling: Any = -((steps.mu * t) ** 2) / 2
     exponent, error = ceiling + 0j, -8 * UNIT * ceiling
-    for stack, at, tilt in laws:
+    for stack, at, tilt, _ in laws:
         counts = np.abs(stack.counts)
         summing = UNIT * (8 + len(counts))
         mean = mean + tilt.mean @ stack.counts
