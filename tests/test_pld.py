@@ -14,8 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dpfunc import Log, StepEvent, combined_noise_multiplier, delta, epsilon
-from dpfunc.accounting import contour, directions, moments, pld, terms
+from dpfunc.accounting import contour, directions, moments, pld, quadrature, terms
 from dpfunc.accounting.characteristic import decay, log_characteristic
+from dpfunc.accounting.closed import one_step_delta
 from dpfunc.accounting.gdp import gaussian_epsilon
 from dpfunc.accounting.pairs import GaussianPair
 from dpfunc.accounting.pld import delta_bounds, epsilon_bounds
@@ -172,8 +173,8 @@ class TestMoments:
     @pytest.mark.parametrize("z", [0.5 + 0j, 3 + 2j, 12 + 30j])
     def test_moments_are_the_integrals_to_thirty_digits(self, shape, noise, z):
         pair = GaussianPair(noise, *shape)
-        (stack,) = moments.stacks([(pair, 1)])
-        at = moments.nodes(stack, z.real, z.imag)
+        (stack,) = quadrature.stacks([(pair, 1)])
+        at = quadrature.nodes(stack, z.real, z.imag)
         tilted = moments.tilted(stack, at, np.array([z.real]))
         with mpmath.workdps(30):
             s = mpmath.mpf(noise)
@@ -215,9 +216,9 @@ class TestMoments:
     ):
         prob = 10.0**q
         shape = ((1.0,), (1 - prob, prob)) if add else ((1 - prob, prob), (1.0,))
-        (stack,) = moments.stacks([(GaussianPair(noise, *shape), 1)])
+        (stack,) = quadrature.stacks([(GaussianPair(noise, *shape), 1)])
         t = 2.0**t
-        at = moments.nodes(stack, theta, 4 * t, 0.3 * min(1.0, noise))
+        at = quadrature.nodes(stack, theta, 4 * t, 0.3 * min(1.0, noise))
         tilted = moments.tilted(stack, at, np.array([theta]))
         (bound,) = decay(stack, at, tilted.p, tilted.theta, t)
         later = log_characteristic(stack, at, tilted, t / 8, 33)
@@ -242,6 +243,13 @@ class TestContour:
                 slack = 1e-9 + abs(slope) * (here.upper - here.lower)
                 assert low <= math.log(d) + slack
                 assert high >= math.log(d) - slack
+
+    def test_far_out_the_decay_is_no_less_than_what_rounding_leaves_of_it(self):
+        (stack,) = quadrature.stacks([(GaussianPair(0.2, (0.9, 0.1), (1.0,)), 1)])
+        at = quadrature.nodes(stack, 1.0, 2000.0, 0.06)
+        tilted = moments.tilted(stack, at, np.array([1.0]))
+        (bound,) = decay(stack, at, tilted.p, tilted.theta, 2000.0)
+        assert -34 < bound < -20
 
     @pytest.mark.parametrize(("noise", "prob"), [(4.0, 0.01), (1.0, 0.01), (0.7, 0.05)])
     def test_the_other_direction_says_below_of_less_and_never_of_more(self, noise, prob):
@@ -280,12 +288,12 @@ class TestContour:
     ):
         weights, one, count = (1 - 10.0**q, 10.0**q), (1.0,), 100.0
         here, there = (
-            contour.Steps(moments.stacks([(GaussianPair(noise, *shape), count)]), 0.3)
+            contour.Steps(quadrature.stacks([(GaussianPair(noise, *shape), count)]), 0.3)
             for shape in ((weights, one), (one, weights))
         )
         both = terms.tilted(here, theta, t, both=True)
-        steps = [moments.nodes(*one.stacks, theta, t).step[0] for one in (here, there)]
-        assert moments.nodes(*here.stacks, theta, t, both=True).step[0] <= 1.05 * min(steps)
+        steps = [quadrature.nodes(*one.stacks, theta, t).step[0] for one in (here, there)]
+        assert quadrature.nodes(*here.stacks, theta, t, both=True).step[0] <= 1.05 * min(steps)
         tails = terms.log_tail(here, both, max(t, 0.1))
         found = terms.total(here, theta, both, t / 9, 10, tails)
         for at, steps in ((found, here), (found.reverse, there)):
@@ -658,6 +666,24 @@ class TestEdges:
             exact = rest * (mpmath.ncdf(a) - mpmath.exp(inner) * mpmath.ncdf(b))
             assert low <= exact * (1 + mpmath.mpf(10) ** -30)
             assert high >= exact
+
+    @given(st.floats(-8, -0.01), st.floats(0.3, 3.0), st.integers(-6, 40))
+    @settings(max_examples=300)
+    def test_one_step_added_a_few_units_before_its_end(self, log_prob, noise, units):
+        """There delta is what the rounding of log(1 - prob) leaves of it."""
+        prob = 10.0**log_prob
+        end = -math.log1p(-prob)
+        at = end - units * math.ulp(end)
+        low, high = one_step_delta(GaussianPair(noise, (1.0,), (1 - prob, prob)), "add", at)
+        with mpmath.workdps(60):
+            rest = 1 - (1 - mpmath.mpf(prob)) * mpmath.exp(at)
+            if rest <= 0:
+                assert low == 0 <= high
+                return
+            inner, mu = mpmath.log1p(mpmath.expm1(at) / rest), 1 / mpmath.mpf(noise)
+            a, b = mu / 2 - inner / mu, -mu / 2 - inner / mu
+            exact = rest * (mpmath.ncdf(a) - mpmath.exp(inner) * mpmath.ncdf(b))
+            assert low <= exact <= high
 
     def test_groups_have_the_binomial_law(self):
         for size, prob in ((3, 0.2), (30, 1e-3), (300, 1e-2)):

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpfunc.accounting.moments import UNIT, Nodes, Stack, Tilt, ends, posterior
+from dpfunc.accounting.moments import Tilt, ends
 from dpfunc.accounting.pairs import Array
+from dpfunc.accounting.quadrature import UNIT, Nodes, Stack, posterior
 
 _NEGLIGIBLE = 1e-19
 _TOGETHER = 4096  # products of pairs and nodes, of which the turns are in the cache
@@ -143,7 +144,8 @@ def decay(stack: Stack, at: Nodes, p: Array, theta: Array, t: float) -> Array:
     exponent = y * y / 2 + (1 + theta) * size_p - theta * size_q - t * (angle_p - angle_q)
     change = _grown(p, exponent + 0.5 * np.log1p(turned * turned))
     whole, half = change.sum(-1), 2 * change[..., ::2].sum(-1)
-    each = np.log1p(np.minimum(whole + 2 * np.abs(whole - half), 0.0))
+    # Where next to nothing is left of 1, it is less than what rounding leaves of the sum.
+    each = np.log1p(np.minimum(whole + 2 * np.abs(whole - half) + 32 * UNIT, 0.0))
     return each.reshape(len(each), len(stack.counts), -1).max(2) @ stack.counts
 
 

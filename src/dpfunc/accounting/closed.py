@@ -42,7 +42,9 @@ def one_step_delta(pair: GaussianPair, name: str, epsilon: float) -> tuple[float
         return _outward(prob * low, prob * high)
     prob = pair.below[1]
     end = -math.log1p(-prob) if prob < 1 else math.inf
-    off = 2.0**-50 * end if prob < 1 else 0.0  # near the end its rounding is all that is left
+    # Near the end its rounding is all that is left: a unit in the last place by log1p, and half a one in
+    # adding it here. They are at most 2^-52 and 2^-53 of it; what is subtracted there is exact.
+    off = 2.0**-51 * end if prob < 1 else 0.0
     return _added(mu, prob, epsilon + off, end)[0], _added(mu, prob, epsilon - off, end)[1]
 
 

@@ -25,15 +25,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpfunc.accounting import moments
-from dpfunc.accounting.moments import UNIT
 from dpfunc.accounting.pairs import Array
+from dpfunc.accounting.quadrature import UNIT, TooManyNodes
 from dpfunc.accounting.rows import Row, Steps, row
 from dpfunc.accounting.saddle import SMALL, choose, guess, reach, saddle
 from dpfunc.accounting.terms import Contour, Tilted, log_delta_bounds, log_tail, tilted, total
 
 _MOST_TERMS = 3e5  # of the sum, times 2 pi
-_WORK = 1.5e8  # most products of pairs, nodes on the contour, nodes of the quadrature
+_WORK = 2.5e8  # most products of pairs, nodes on the contour, nodes of the quadrature
 
 
 class Found(NamedTuple):
@@ -57,7 +56,7 @@ def contour(
     try:
         found = saddle(steps.sketch or steps, log_delta, epsilon)
         return None if found is None else _planned(steps, *found)
-    except moments.TooManyNodes:
+    except TooManyNodes:
         return None
 
 
@@ -67,7 +66,7 @@ def _closer(
     """The same, planned anew: the aliases were planned for a guess, and now more is known."""
     try:
         return None if at.plan is None else _planned(steps, at.plan, epsilon, log_delta, both)
-    except moments.TooManyNodes:
+    except TooManyNodes:
         return None
 
 
@@ -87,8 +86,8 @@ def _planned(
     t_guess = reach(needed, min(float(plan.variance[index]), float(plan.variance[0])))
     found = plan
     if steps.sketch is not None:
-        # Between the tilts that were chosen some more: where all is less smooth than few pairs say.
-        few = [chosen.below, *range(index, chosen.above + 1)[:4]]
+        # And some between the chosen ones, where more is certain if few pairs say too little of many.
+        few = [chosen.below, index, *range(index + 1, chosen.above)[-2:], chosen.above]
         found, index = row(steps, plan.theta[few], 1.3 * t_guess, ready=both), 1
     reached = _reach(steps, found, index, t_guess, needed, _MOST_TERMS / period, both)
     if reached is None:
@@ -144,7 +143,7 @@ def _is_below(log_delta: float, than: Found) -> bool:
     The sum is an upper bound whatever its tilt and period are, and so is Chernoff's.
     """
     at = than.contour
-    if at is None:
+    if at is None or than.lower == -math.inf:
         return False
     if at.row is not None and _surely_below(at.row, than.lower, log_delta):
         return True
@@ -258,7 +257,7 @@ def chernoff(steps: Steps, epsilon: float) -> float:
     for middle in {near, min(near, cliff)}:
         try:
             found = row(steps, middle * 2.0 ** np.arange(-3.0, 3.5, 0.5))
-        except moments.TooManyNodes:
+        except TooManyNodes:
             continue
         best = min(best, float(np.min(found.ceiling - found.theta * epsilon)))
     return best
@@ -269,7 +268,7 @@ def _chernoff_epsilon(steps: Steps, log_delta: float) -> float | None:
     while thetas[-1] > 1e-6:
         try:
             found = row(steps, thetas)
-        except moments.TooManyNodes:
+        except TooManyNodes:
             thetas = thetas / 10
             continue
         return float(((found.ceiling - log_delta) / found.theta).min())

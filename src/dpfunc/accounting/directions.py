@@ -29,8 +29,8 @@ import numpy as np
 
 from dpfunc.accounting.interpolation import Cells, Grid, fold, grids, some_of
 from dpfunc.accounting.laplace import LaplacePair, SplicedPair
-from dpfunc.accounting.moments import Stack
 from dpfunc.accounting.pairs import Array, GaussianPair, Pair
+from dpfunc.accounting.quadrature import Stack
 from dpfunc.events import MECHANISMS, Columns, Kind, Log
 
 Counted = tuple[tuple[Pair, float], ...]

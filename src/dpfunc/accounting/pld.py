@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dpfunc import _checks
-from dpfunc.accounting import contour, moments
+from dpfunc.accounting import contour
 from dpfunc.accounting.closed import (
     full_batch_delta,
     full_batch_epsilon,
@@ -36,6 +36,7 @@ from dpfunc.accounting.directions import (
 )
 from dpfunc.accounting.lattice import lattice_delta, lattice_epsilon
 from dpfunc.accounting.pairs import GaussianPair
+from dpfunc.accounting.quadrature import stacks
 from dpfunc.events import AnyLog, Log
 
 WIDTH = 1e-6
@@ -305,7 +306,7 @@ def _steps(one: Direction, pairs: Counted) -> Steps | None:
     gaussian = [(pair, count) for pair, count in pairs if isinstance(pair, GaussianPair)]
     if len(gaussian) < len(pairs) or not _is_in_range(pairs):
         return None
-    return Steps([*moments.stacks(gaussian), *one.grids], one.mu, one.two_way)
+    return Steps([*stacks(gaussian), *one.grids], one.mu, one.two_way)
 
 
 def _all(mu: float, pairs: Counted) -> Counted:

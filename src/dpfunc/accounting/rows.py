@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpfunc.accounting import moments
-from dpfunc.accounting.moments import UNIT, Moments, Nodes, Stack
+from dpfunc.accounting.moments import Moments, log_moments
 from dpfunc.accounting.pairs import Array
+from dpfunc.accounting.quadrature import UNIT, Nodes, Stack, TooManyNodes, nodes
 
 _FEW_PAIRS = 8
 _MOST_ROW = 1e7  # products of tilts, pairs and nodes
@@ -84,8 +84,8 @@ def row(
     for stack in steps.stacks:
         at = lay(stack, theta, t, both or ready)
         if at.x.size * len(every) > _MOST_ROW:
-            raise moments.TooManyNodes
-        own, counts = moments.log_moments(stack, at, every), np.abs(stack.counts)
+            raise TooManyNodes
+        own, counts = log_moments(stack, at, every), np.abs(stack.counts)
         value += own.log_moment @ stack.counts
         summing = UNIT * (8 + len(counts))
         error += (own.rounding + at.error + summing * np.abs(own.log_moment)) @ counts
@@ -114,7 +114,7 @@ def lay(stack: Stack, theta: float, t: float, both: bool) -> Nodes:
     """Nodes for tilts up to theta and, where t > 0, for the sum."""
     # The curve of `decay` bends over a noise's width: so fine a step follows it.
     finest = 0.3 * min(1.0, float(stack.noise.min())) if t else math.inf
-    return moments.nodes(stack, theta, t, finest, both=both)
+    return nodes(stack, theta, t, finest, both=both)
 
 
 def _best_constant(lambdas: Array) -> Array:

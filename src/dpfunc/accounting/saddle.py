@@ -25,10 +25,11 @@ def saddle(
 ) -> tuple[Row, float, float] | None:
     """Tilts around the saddle point, its epsilon and its log delta, of which one or both are given."""
     near, cliff, variance = guess(steps, log_delta, epsilon)
-    thetas = min(near, cliff) * _RATIO ** np.arange(-6.0, 4.0)
+    normal = near < cliff
+    thetas = min(near, cliff) * _RATIO ** np.arange(-4.0 if normal else -6.0, 4.0)
     both = steps.two_way and is_small(steps)
     # Where losses are nearly normal the sum's own nodes are few, and they serve the search as well.
-    t = 1.3 * reach(-SMALL + 8, variance) if near < 0.7 * cliff and is_small(steps) else 0.0
+    t = 1.3 * reach(-SMALL + 8, variance) if normal and is_small(steps) else 0.0
     for _ in range(20):
         if not 1e-7 < thetas[0] < 1e7:
             break
@@ -46,7 +47,7 @@ def saddle(
         elif logs[place - 1] - logs[place] > _CLIFF:
             # From some tilt on K is that of a single rare hit: look where that begins.
             between = np.linspace(thetas[place - 1], thetas[place], 7)
-            below, above = thetas[max(0, place - 5) : place - 1], thetas[place + 1 :][:3]
+            below, above = thetas[: place - 1], thetas[place + 1 :][:3]
             thetas = np.concatenate([below, between, above])
         else:
             part = past[place - 1] / (past[place - 1] - past[place])

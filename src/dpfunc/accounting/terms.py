@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from dpfunc.accounting import moments
 from dpfunc.accounting.characteristic import decay, log_characteristic
-from dpfunc.accounting.moments import UNIT, Moments, Nodes, Stack, Tilt
+from dpfunc.accounting.moments import Moments, Tilt
 from dpfunc.accounting.pairs import Array
+from dpfunc.accounting.quadrature import UNIT, Nodes, Stack
 from dpfunc.accounting.rows import Laid, Row, Steps, lay
 
 
