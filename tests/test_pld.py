@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dpfunc import Log, StepEvent, combined_noise_multiplier, delta, epsilon
-from dpfunc.accounting import contour, directions, moments, pld, quadrature, terms
+from dpfunc.accounting import contour, directions, moments, pld, quadrature, rows, terms
 from dpfunc.accounting.characteristic import decay, log_characteristic
 from dpfunc.accounting.closed import one_step_delta
 from dpfunc.accounting.gdp import gaussian_epsilon
@@ -245,11 +245,21 @@ class TestContour:
                 assert high >= math.log(d) - slack
 
     def test_far_out_the_decay_is_no_less_than_what_rounding_leaves_of_it(self):
-        (stack,) = quadrature.stacks([(GaussianPair(0.2, (0.9, 0.1), (1.0,)), 1)])
-        at = quadrature.nodes(stack, 1.0, 2000.0, 0.06)
-        tilted = moments.tilted(stack, at, np.array([1.0]))
-        (bound,) = decay(stack, at, tilted.p, tilted.theta, 2000.0)
-        assert -34 < bound < -20
+        for t in (100.0, 200.0, 400.0):
+            (stack,) = quadrature.stacks([(GaussianPair(10.0, (0.1, 0.9), (1.0,)), 1)])
+            at = quadrature.nodes(stack, 1.0, t, 0.3)
+            tilted = moments.tilted(stack, at, np.array([1.0]))
+            (bound,) = decay(stack, at, tilted.p, tilted.theta, t)
+            assert -33.4 < bound < -33
+
+    def test_a_count_for_several_pairs_is_that_of_the_slowest(self):
+        pairs = [(GaussianPair(noise, (0.9, 0.1), (1.0,)), 3.0) for noise in (1.0, 2.0, 1.5, 0.8)]
+        (stack,) = quadrature.stacks(pairs)
+        at = quadrature.nodes(stack, 2.0, 5.0, 0.2)
+        p, theta = moments.law(at, np.array([2.0])), np.full((1, 1, 1), 2.0)
+        each = [decay(replace(stack, counts=np.eye(4)[i]), at, p, theta, 5.0)[0] for i in range(4)]
+        (bound,) = decay(replace(stack, counts=np.array([3.0, 5.0])), at, p, theta, 5.0)
+        assert bound == pytest.approx(3 * max(each[:2]) + 5 * max(each[2:]), rel=1e-12)
 
     @pytest.mark.parametrize(("noise", "prob"), [(4.0, 0.01), (1.0, 0.01), (0.7, 0.05)])
     def test_the_other_direction_says_below_of_less_and_never_of_more(self, noise, prob):
@@ -524,6 +534,21 @@ class TestLargeLogs:
         reference = max((pld._epsilon(one, 1e-6) for one in exact), key=lambda found: found.upper)
         assert lower <= reference.lower <= reference.upper <= upper
         assert upper - lower < 1e-6 * max(1.0, upper)
+
+    @pytest.mark.parametrize("name", ["remove", "add"])
+    def test_what_bounds_the_aliases_is_of_all_steps_and_not_of_the_sketch(self, name):
+        generator = np.random.default_rng(5)
+        log = Log(run(float(s), 0.01, 1) for s in np.exp(generator.uniform(0, math.log(3), 700)))
+        (one,), (exact,) = (
+            [o for o in directions.directions(directions.contents_of(log, most)) if o.name == name]
+            for most in (256, 10_000)
+        )
+        found = contour.contour(pld._steps(one, one.dominating), log_delta=math.log(1e-6))
+        true = rows.row(pld._steps(exact, exact.dominating), found.row.theta)
+        assert (np.abs(found.row.value - true.value) <= found.row.error + true.error).all()
+        assert (found.row.ceiling >= true.ceiling - 1e-9).all()
+        assert len(found.row.theta) <= 5 < len(found.plan.theta)
+        assert found.row.error[1] < 1e-6
 
     def test_folding_goes_on_where_it_was(self):
         log = Log(run(1 + i / 1000, 0.01, 1) for i in range(600))
