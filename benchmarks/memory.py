@@ -3,8 +3,9 @@
     ./dev bench memory [--models mlp,vgg,transformer] [--device cuda] [--only REGEX]
 
 Every contestant has a process of its own. On CPU it is the kernel's high-water mark of resident
-memory, reset after two warm steps; on CUDA that of torch's allocator. Ratios are to the non-private
-step that takes least.
+memory, reset after two warm steps, with a malloc that maps and unmaps every block of 128 KiB or more:
+the mark is what is alive, and not how a heap happens to break up. On CUDA it is that of torch's
+allocator. Ratios are to the non-private step that takes least.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from peers import Contestant, contestants, reference
 CHUNKS = {"mlp": 32, "vgg": 8, "transformer": 2}
 CONTESTANTS = "^(non-private|dpfunc|opacus (hooks|ghost))"
 STEPS = 3
+MAPPED = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
 
 
 def resident(field: str) -> int:
@@ -82,7 +85,9 @@ def measure(model: str, device: str, only: str) -> dict[str, Any]:
         if not re.search(only, name):
             continue
         command = [sys.executable, __file__, "--device", device, "--worker", model, name]
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        run = subprocess.run(
+            command, env=MAPPED, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         answer = json.loads(run.stdout.splitlines()[-1]) if run.stdout else f"exit {run.returncode}"
         if isinstance(answer, int):
             bytes_[name] = answer

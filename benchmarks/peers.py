@@ -140,16 +140,24 @@ def dpfunc_contestants(
         for method in METHODS
         if method != "bookkeeping"  # what "auto" is on every model here
         for compile in ((False,) if method == "two_pass" else (False, True))
-    }
+    } | {"dpfunc in place": partial(ours_in_place, model, clip_norm, chunk_size=chunk_size)}
 
 
 def update(params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p - LEARNING_RATE * grads[name] for name, p in params.items()}
 
 
-def ours(
-    model: Model, clip_norm: float, *, method: str, compile: bool, chunk_size: int | None
-) -> Contestant:
+class Ours(NamedTuple):
+    """What a step of dpfunc is made of."""
+
+    loss: dpfunc.typing.Loss
+    initial: dict[str, Tensor]
+    mechanism: dpfunc.DPSGD
+    batch: dpfunc.Batch
+    key: Tensor
+
+
+def parts(model: Model, clip_norm: float) -> Ours:
     loss, initial = dpfunc.functional_loss(copy.deepcopy(model.module), model.criterion)
     device, num = model.inputs.device, len(model.inputs)
     mechanism = dpfunc.DPSGD(
@@ -158,13 +166,19 @@ def ours(
         sampling_prob=0.01,
         expected_batch_size=num,
     )
-    options: dict[str, Any] = {"method": method, "chunk_size": chunk_size}
-    dp_step = dpfunc.make_dp_step(loss, mechanism, update, **options)
-    run = torch.compile(dp_step, fullgraph=True) if compile else dp_step
     mask = torch.ones(num, dtype=torch.bool, device=device)
     data = (model.inputs, model.targets)
     batch = dpfunc.Batch(data, mask, torch.tensor(0, device=device))
-    key = random.key(0, device=device)
+    return Ours(loss, initial, mechanism, batch, random.key(0, device=device))
+
+
+def ours(
+    model: Model, clip_norm: float, *, method: str, compile: bool, chunk_size: int | None
+) -> Contestant:
+    loss, initial, mechanism, batch, key = parts(model, clip_norm)
+    options: dict[str, Any] = {"method": method, "chunk_size": chunk_size}
+    dp_step = dpfunc.make_dp_step(loss, mechanism, update, **options)
+    run = torch.compile(dp_step, fullgraph=True) if compile else dp_step
     params = initial
 
     def step() -> None:
@@ -172,14 +186,42 @@ def ours(
         params, _event = run(params, batch, key)
 
     def clipped_sum() -> dict[str, Tensor]:
-        total = dpfunc.clipped_grad(loss, clip_norm, **options)(initial, data, mask=mask).sum
+        total = dpfunc.clipped_grad(loss, clip_norm, **options)(
+            initial, batch.data, mask=batch.mask
+        ).sum
         if not compile:
             return total
-        # The noise of a step is a function of its key: two steps differ by their clipped sums.
         ahead, behind = dp_step(initial, batch, key)[0], run(initial, batch, key)[0]
-        return {n: s + (ahead[n] - behind[n]) * (num / LEARNING_RATE) for n, s in total.items()}
+        return moved(total, ahead, behind, len(batch.mask))
 
     return Contestant(step, clipped_sum)
+
+
+def ours_in_place(model: Model, clip_norm: float, chunk_size: int | None) -> Contestant:
+    """Compiled, parameters updated in place."""
+    loss, initial, mechanism, batch, key = parts(model, clip_norm)
+    sgd = dpfunc.optimizers.sgd(LEARNING_RATE)
+    made = dpfunc.make_train_step(loss, mechanism, sgd, chunk_size=chunk_size)
+    init, step = dpfunc.in_place(made)
+    run = torch.compile(step, fullgraph=True)
+    state = init(initial)
+
+    def clipped_sum() -> dict[str, Tensor]:
+        total = dpfunc.clipped_grad(loss, clip_norm)(initial, batch.data, mask=batch.mask).sum
+        ahead, behind = made[1](made[0](initial), batch, key)[0], run(init(initial), batch, key)[0]
+        return moved(total, ahead.params, behind.params, len(batch.mask))
+
+    return Contestant(lambda: run(state, batch, key), clipped_sum)
+
+
+def moved(
+    total: dict[str, Tensor], ahead: dict[str, Tensor], behind: dict[str, Tensor], num: int
+) -> dict[str, Tensor]:
+    """The sum of a step that went behind, from that of one with the same noise that went ahead.
+
+    The noise of a step is a function of its key: two steps differ by their clipped sums.
+    """
+    return {n: s + (ahead[n] - behind[n]) * (num / LEARNING_RATE) for n, s in total.items()}
 
 
 def opacus(model: Model, clip_norm: float, mode: str) -> Contestant:

@@ -114,6 +114,7 @@ SECTIONS = ("Args:", "Returns:", "Guarantees:", "Raises:", "Source:", ">>>")
         "average_over_augmentations",
         "combined_noise_multiplier",
         "make_accumulator",
+        "in_place",
         "noise_multiplier_beside",
         "observe",
         "AdaptiveClipping",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpfunc import DPSGD, clip_and_noise, random
+from dpfunc._chacha20 import add_normals, normals
 from dpfunc.noise import privatize
 from dpfunc.testing import laws
 
@@ -133,3 +134,39 @@ def test_a_mechanism_that_nothing_here_runs_is_refused(fields):
 def test_key_and_mechanism_in_the_wrong_order_are_told():
     with pytest.raises(TypeError, match=r"mechanism to be a dpfunc\.DPSGD, got Tensor"):
         clip_and_noise(torch.zeros(2, 3), mechanism(), random.key(0))
+
+
+class TestAddNormals:
+    """Noise that is added while it is in cache."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("num", [0, 1, 1023, 1024, 1025, 150_001])
+    def test_it_has_the_bits_of_noise_that_is_written_down(self, num, dtype):
+        keys, scales = random.split(random.key(3), 2), torch.tensor([0.3, 7.0], dtype=dtype)
+        totals = random.normal(random.key(2), (2, 2 * num), dtype=dtype)[:, ::2]
+        before = totals.clone()
+        written = totals + scales.unsqueeze(1) * normals(keys, 0, num, dtype)
+        assert add_normals(totals, keys, scales).equal(written)
+        assert totals.equal(before)
+
+    def test_mapped_it_equals_the_loop(self):
+        keys, totals = random.split(random.key(4), 3), random.normal(random.key(2), (3, 2, 5))
+        one = lambda total, key: add_normals(total, torch.stack([key, key + 1]), torch.ones(2))  # noqa: E731
+        mapped = torch.vmap(one)(totals, keys)
+        assert mapped.equal(torch.stack([one(t, k) for t, k in zip(totals, keys, strict=True)]))
+        assert torch.vmap(one, (None, 0))(totals[0], keys)[2].equal(one(totals[0], keys[2]))
+
+    def test_a_leaf_longer_than_a_stream_is_refused(self):
+        long = torch.zeros(1, 1).expand(1, 2**36)
+        with pytest.raises(ValueError, match="2\\*\\*36 words"):
+            add_normals(long, random.key(0).unsqueeze(0), torch.ones(1))
+
+    def test_a_release_has_the_derivatives_of_its_sum(self):
+        def release(total):
+            return privatize(total, random.key(5), mechanism())
+
+        total = torch.ones(3)
+        assert torch.func.jacrev(release)(total).equal(torch.eye(3) / 20)
+        value, tangent = torch.func.jvp(release, (total,), (total,))
+        assert tangent.equal(total / 20)
+        assert value.equal(release(total))

@@ -15,7 +15,9 @@ from dpfunc import (
     StepEvent,
     append,
     clip_and_noise,
+    fit,
     functional_loss,
+    in_place,
     make_dp_step,
     make_train_step,
     optimizers,
@@ -341,3 +343,82 @@ def test_a_step_on_the_device_equals_the_step_on_the_host():
     for key in (KEY, KEY.cuda()):
         got, _ = make_dp_step(loss, MECHANISM, descend)(*there, key)
         torch.testing.assert_close(trees.map(torch.Tensor.cpu, got), expected, rtol=1e-4, atol=1e-5)
+
+
+class TestInPlace:
+    """A step that writes over the state it is given."""
+
+    def remembering(self):
+        """An optimizer whose state is made of the parameters themselves, twice over."""
+
+        def update(grads, state, params):
+            return trees.map(lambda g: -0.5 * g, grads), {"last": params, "before": state["last"]}
+
+        return optimizers.Optimizer(lambda params: {"last": params, "before": params}, update)
+
+    def batches(self):
+        _, data = case(64)
+        return list(poisson_batches(data, KEY, MECHANISM, num_steps=3))
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    @pytest.mark.parametrize("name", ["adamw", "remembering", "averaged", "disk"])
+    def test_the_numbers_are_those_of_the_pure_step(self, name, compiled, fresh_compiler):
+        optimizer = {
+            "adamw": lambda: optimizers.adamw(0.1),
+            "remembering": self.remembering,
+            "averaged": lambda: optimizers.averaged(optimizers.sgd(0.1), decay=0.9),
+            "disk": lambda: optimizers.disk(optimizers.sgd(0.1), gain=0.5),
+        }[name]()
+        mechanism = replace(MECHANISM, telemetry=(ClipFraction(noise_multiplier=5.0),))
+        pair = make_train_step(loss, mechanism, optimizer)
+        init, step = in_place(pair)
+        run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+        params, _ = case()
+        pure, state = pair[0](params), init(params)
+        for batch in self.batches():
+            pure, event = pair[1](pure, batch, KEY)
+            memory = [leaf.data_ptr() for leaf in trees.leaves(state)]
+            after, event_here = run(state, batch, KEY)
+            assert [leaf.data_ptr() for leaf in trees.leaves(after)] == memory
+            assert event_here == event
+            for a, b in zip(trees.leaves(after), trees.leaves(pure), strict=True):
+                if compiled:
+                    torch.testing.assert_close(a, b)
+                else:
+                    assert a.equal(b)
+            state = after
+
+    def test_what_init_was_given_stays_as_it_was(self):
+        params, _ = case()
+        before = trees.map(torch.clone, params)
+        init, step = in_place(make_train_step(loss, MECHANISM, self.remembering()))
+        state = init(params)
+        leaves = trees.leaves(state)
+        assert len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves)
+        step(state, one_batch(), KEY)
+        assert all(params[name].equal(before[name]) for name in before)
+
+    def test_a_run_by_train_and_by_fit_is_the_run_of_the_pure_step(self):
+        params, data = case(64)
+        pair = make_train_step(loss, MECHANISM, optimizers.adam(0.1))
+        options = {"data": data, "mechanism": MECHANISM, "key": KEY, "num_steps": 4}
+        runs = [
+            fit(p, params, delta=1e-5, progress=False, **options) for p in (pair, in_place(pair))
+        ]
+        for a, b in zip(*(trees.leaves(r.state) for r in runs), strict=True):
+            assert a.equal(b)
+        assert runs[0].log == runs[1].log
+
+    def test_a_leaf_that_changes_is_refused(self):
+        wider = optimizers.Optimizer(
+            lambda params: torch.zeros(2),
+            lambda grads, state, params: (trees.map(torch.zeros_like, grads), state.double()),
+        )
+        init, step = in_place(make_train_step(loss, MECHANISM, wider))
+        with pytest.raises(ValueError, match="shape and dtype of every leaf"):
+            step(init(case()[0]), one_batch(), KEY)
+
+    @pytest.mark.parametrize("given", [make_dp_step(loss, MECHANISM, descend), (1, 2), None])
+    def test_what_is_no_pair_is_refused(self, given):
+        with pytest.raises(TypeError, match=r"\(init, step\)"):
+            in_place(given)

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
         PartialEvent,
         TrainState,
         clip_and_noise,
+        in_place,
         make_accumulator,
         make_dp_step,
         make_train_step,
@@ -146,7 +147,7 @@ _ROOMS = {
     "sampling": "Batch overflow_probability poisson_batches poisson_indices",
     "schedules": "Schedule",
     "step": (
-        "Accumulated Accumulator PartialEvent TrainState clip_and_noise make_accumulator "
+        "Accumulated Accumulator PartialEvent TrainState clip_and_noise in_place make_accumulator "
         "make_dp_step make_train_step parts_of private_grad"
     ),
     "telemetry": "AdaptiveClipping ClipFraction MeanLoss NormQuantile",
@@ -224,6 +225,7 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "gdp_summary",
+    "in_place",
     "load_checkpoint",
     "make_accumulator",
     "make_dp_step",

@@ -5,6 +5,6 @@ as fast as one without), batches under `vmap`, and has one implementation a devi
 keystream on CPU, one Triton kernel on CUDA. Both are pure functions of their arguments.
 """
 
-from dpfunc._chacha20.operators import MAX_WORDS, normals, words
+from dpfunc._chacha20.operators import MAX_WORDS, add_normals, normals, words
 
-__all__ = ["MAX_WORDS", "normals", "words"]
+__all__ = ["MAX_WORDS", "add_normals", "normals", "words"]

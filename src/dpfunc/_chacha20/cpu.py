@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -98,7 +99,14 @@ def _box_muller(pairs: np.ndarray, out: np.ndarray, radius: np.ndarray, angle: n
     np.multiply(angle, radius, out=sine)
 
 
-def _normal_row(key: bytes, start: int, num: int, dtype: torch.dtype) -> Tensor:
+def _normal_row(
+    key: bytes,
+    start: int,
+    num: int,
+    dtype: torch.dtype,
+    finish: Callable[[np.ndarray, int], None] | None = None,
+) -> Tensor:
+    """(num,) normals from `start`; finish(part, begin) may change each part while it is in cache."""
     group = 2 * LANES
     first, last = start // group, -(-(start + num) // group)
     out = torch.empty((last - first) * group, dtype=dtype)
@@ -110,6 +118,8 @@ def _normal_row(key: bytes, start: int, num: int, dtype: torch.dtype) -> Tensor:
         n = len(chunk)
         _fill(encryptor, pairs[:n])
         _box_muller(pairs[:n], chunk, radius[:n], angle[:n])
+        if finish:
+            finish(chunk.reshape(-1), begin * group)
     return out[start - first * group :][:num]
 
 
@@ -120,3 +130,20 @@ def normals(keys: Tensor, start: int, num: int, dtype: torch.dtype) -> Tensor:
     if len(rows) == 1:
         return _normal_row(rows[0], start, num, dtype).unsqueeze(0)
     return torch.stack([_normal_row(row, start, num, dtype) for row in rows])
+
+
+def add_normals(totals: Tensor, keys: Tensor, scales: Tensor) -> Tensor:
+    def added(total: np.ndarray, key: bytes, scale: np.floating) -> Tensor:
+        def onto(drawn: np.ndarray, begin: int) -> None:
+            part = total[begin : begin + len(drawn)]
+            drawn = drawn[: len(part)]
+            drawn *= scale
+            drawn += part
+
+        return _normal_row(key, 0, len(total), totals.dtype, onto)
+
+    if not totals.numel():
+        return torch.empty_like(totals)
+    rows = zip(totals.contiguous().numpy(), _rows_as_bytes(keys), scales.numpy(), strict=True)
+    done = [added(*row) for row in rows]
+    return done[0].unsqueeze(0) if len(done) == 1 else torch.stack(done)

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dpfunc import random, trees
+from dpfunc._chacha20 import add_normals
 from dpfunc.mechanism import DPSGD, noise_scales
 from dpfunc.schedules import Schedule
 from dpfunc.typing import Key, Tree
@@ -111,11 +113,17 @@ def privatize_queries(sums: dict[str, Tensor], key: Key, mechanism: DPSGD) -> di
 
 
 def _noisy(leaf: Tensor, key: Key, scale: Any, draw: Callable[..., Tensor]) -> Tensor:
-    noise = draw(key.to(leaf.device), leaf.shape, dtype=leaf.dtype)
     exact = torch.as_tensor(scale, dtype=torch.float64, device=leaf.device)
     near = exact.to(leaf.dtype)
     above = torch.nextafter(near, torch.full_like(near, math.inf))
-    return leaf + torch.where(near.double() < exact, above, near) * noise  # never less noise
+    scale = torch.where(near.double() < exact, above, near)  # never less noise
+    key = key.to(leaf.device)
+    derived = leaf.requires_grad or forward_ad._current_level >= 0
+    if draw is not random.normal or derived:
+        return leaf + scale * draw(key, leaf.shape, dtype=leaf.dtype)
+    random.check_key(key)  # the same bits, and no memory for the noise, but no derivative
+    noisy = add_normals(leaf.reshape(1, -1), key.unsqueeze(0), scale.reshape(1))
+    return noisy.reshape(leaf.shape)
 
 
 def _draw(mechanism: DPSGD) -> Callable[..., Tensor]:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dpfunc.gradients.layers.outer import bound
 from dpfunc.gradients.layers.rule import Rule, Use, cheapest
+from dpfunc.gradients.layers.weighting import weighted
 
 
 class Geometry(NamedTuple):
@@ -128,7 +129,7 @@ class Convolution(NamedTuple):
         scale = scale.reshape(-1, *(1,) * (self.output_grads.ndim - 1))
         return weight_gradient(
             self.inputs.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1),
-            (self.output_grads * scale).nan_to_num_(0.0, 0.0, 0.0).flatten(0, 1),
+            weighted(self.output_grads, scale).flatten(0, 1),
             self.size,
             self.geometry,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpfunc.gradients import norms
+from dpfunc.gradients.layers.weighting import weighted
 
 
 class Instantiated(NamedTuple):
@@ -25,10 +26,9 @@ class Instantiated(NamedTuple):
 
     def weighted_sum(self, scale: Tensor) -> Tensor:
         """The sum over examples of scale x gradient. A scale of 0 stops NaN and infinity too."""
+        if self.grads.ndim <= 2:  # The compiler fuses this with what made the gradients.
+            return weighted(self.grads, scale.reshape(-1, *(1,) * (self.grads.ndim - 1))).sum(0)
         in_place = self.fresh and not torch.compiler.is_compiling()
         clean = torch.Tensor.nan_to_num_ if in_place else torch.nan_to_num
         grads = clean(self.grads, 0.0, 0.0, 0.0)
-        if grads.ndim > 2:
-            return (scale @ grads.flatten(1)).reshape(grads.shape[1:])
-        # Vectors: the compiler fuses this with what made the gradients.
-        return (grads.T * scale).T.sum(0) if grads.ndim == 2 else (grads * scale).sum(0)
+        return (scale @ grads.flatten(1)).reshape(grads.shape[1:])

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from dpfunc.gradients import norms
+from dpfunc.gradients.layers.weighting import weighted
 
 
 class Outer(NamedTuple):
@@ -160,9 +161,9 @@ def _gram_products(a: Outer, b: Outer) -> Tensor:
 
 def _weighted(part: Outer, size: Sequence[int], scale: Tensor) -> Tensor:
     if not part.dense:
-        scaled = (part.cols * scale).nan_to_num_(0.0, 0.0, 0.0).flatten(0, 1)
+        scaled = weighted(part.cols, scale).flatten(0, 1)
         return part.cols.new_zeros(tuple(size)).index_add(0, part.rows.flatten(), scaled)
     scaled, other = sorted(part, key=Tensor.numel)
-    scaled = (scaled * scale).nan_to_num_(0.0, 0.0, 0.0).flatten(0, 1)
+    scaled = weighted(scaled, scale).flatten(0, 1)
     other = other.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1)
     return scaled.T @ other if part.rows.numel() <= part.cols.numel() else other.T @ scaled
