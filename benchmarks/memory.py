@@ -3,7 +3,7 @@
     ./dev bench memory [--models mlp,vgg,transformer] [--device cuda] [--only REGEX]
 
 Every contestant has a process of its own. On CPU it is the kernel's high-water mark of resident
-memory, reset after two warm steps, with a malloc that maps and unmaps every block of 128 KiB or more:
+memory, reset after two warm steps of one thread, with a malloc that maps and unmaps every block of 128 KiB or more:
 the mark is what is alive, and not how a heap happens to break up. On CUDA it is that of torch's
 allocator. Ratios are to the non-private step that takes least.
 """
@@ -29,7 +29,7 @@ from models import MODELS
 from peers import Contestant, contestants, reference
 
 CHUNKS = {"mlp": 32, "vgg": 8, "transformer": 2}
-CONTESTANTS = "^(non-private|dpfunc|opacus (hooks|ghost))"
+CONTESTANTS = "^(non-private|dpfunc (auto|two_pass|in place)|opacus (hooks|ghost))"
 STEPS = 3
 MAPPED = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
 
@@ -72,6 +72,7 @@ def makers(name: str, device: str) -> dict[str, Callable[[], Contestant]]:
 
 
 def worker(model: str, contestant: str, device: str) -> None:
+    torch.set_num_threads(1)  # a second has buffers of its own, which come and go
     try:
         print(peak(makers(model, device)[contestant]().step, device))
     except Exception as error:
