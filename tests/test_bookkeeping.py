@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dpfunc import clipped_grad, explain, functional_loss, random, register_rule
+from dpfunc import clipped_grad, explain, functional_loss, random, register_rule, trees
 from dpfunc.gradients import bookkeeping, layers
 from dpfunc.testing import laws
 
@@ -250,6 +250,15 @@ def forced_form(request, monkeypatch):
     monkeypatch.setattr(bookkeeping, "cheapest", force)
 
 
+def poisoned(data, filler):
+    """The data with one example that is not finite, where its format has such numbers."""
+
+    def one(leaf):
+        return leaf.index_fill(0, torch.tensor([1]), filler) if leaf.is_floating_point() else leaf
+
+    return trees.map(one, data)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_equals_a_float64_loop(name, forced_form):
     loss, params, data = CASES[name]
@@ -262,10 +271,14 @@ def test_compiles_whole_and_equals_eager(name, fresh_compiler):
     # The compiler inlines custom Functions, whose ops no plan has: "auto" goes by vmap there.
     method = "auto" if name == "custom_function" else "bookkeeping"
     f = clipped_grad(loss, median_norm(loss, params, data), method=method)
-    eager = f(params, data)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(params, data)
-    for a, b in zip(eager.sum.values(), compiled.sum.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for examples in (data, poisoned(data, math.nan), poisoned(data, math.inf)):
+        pairs = zip(
+            f(params, examples).sum.values(), compiled(params, examples).sum.values(), strict=True
+        )
+        for a, b in pairs:
+            assert a.isfinite().all()
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tied", "conv2d", "encoder"])
