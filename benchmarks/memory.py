@@ -29,7 +29,7 @@ from models import MODELS
 from peers import Contestant, contestants, reference
 
 CHUNKS = {"mlp": 32, "vgg": 8, "transformer": 2}
-CONTESTANTS = "^(non-private|dpfunc (auto|two_pass|in place)|opacus (hooks|ghost))"
+CONTESTANTS = "^(non-private|dpfunc (auto|two_pass)|opacus (hooks|ghost))"
 STEPS = 3
 MAPPED = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
 

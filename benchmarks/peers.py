@@ -133,14 +133,16 @@ def compiled(model: Model) -> Contestant:
 def dpfunc_contestants(
     model: Model, clip_norm: float, chunk_size: int | None = None
 ) -> dict[str, Callable[[], Contestant]]:
-    return {
+    forms = {
         f"dpfunc {method} {'compiled' if compile else 'eager'}": partial(
             ours, model, clip_norm, method=method, compile=compile, chunk_size=chunk_size
         )
         for method in METHODS
         if method != "bookkeeping"  # what "auto" is on every model here
         for compile in ((False,) if method == "two_pass" else (False, True))
-    } | {"dpfunc in place": partial(ours_in_place, model, clip_norm, chunk_size=chunk_size)}
+    }
+    in_place = partial(ours_in_place, model, clip_norm, chunk_size=chunk_size)
+    return {**forms, "dpfunc auto in place": in_place}
 
 
 def update(params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:

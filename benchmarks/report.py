@@ -80,7 +80,10 @@ STEP_COLOURS = {
 def best(seconds: dict[str, dict[str, float]], contestant: str) -> float | None:
     """The least median of a contestant's forms, or None where it did not run."""
     spelled = {"dpfunc": "dpfunc auto"}.get(contestant, contestant)
-    forms = [spelled, *(f"{spelled} {form}" for form in ("eager", "compiled", "compiled module"))]
+    forms = [
+        spelled,
+        *(f"{spelled} {form}" for form in ("eager", "compiled", "in place", "compiled module")),
+    ]
     return min((seconds[form]["median"] for form in forms if form in seconds), default=None)
 
 
@@ -90,15 +93,16 @@ def step_table(result: dict[str, Any]) -> str:
         f"Whole steps over the non-private step, {machine['cpu']}, device {machine['device']}, torch "
         f"{machine['torch']}:",
         "",
-        "| model | threads | non-private | dpfunc eager | dpfunc compiled | "
+        "| model | threads | non-private | dpfunc eager | dpfunc compiled | in place | "
         + " | ".join(c for c in STEP_COLOURS if c not in ("non-private", "dpfunc"))
         + " |",
-        "|---|---:|" + "---:|" * (len(STEP_COLOURS) + 1),
+        "|---|---:|" + "---:|" * (len(STEP_COLOURS) + 2),
     ]
     for row in result["rows"]:
         base = best(row["seconds"], "non-private")
         assert base is not None
-        columns = ["dpfunc auto eager", "dpfunc auto compiled", *list(STEP_COLOURS)[2:]]
+        forms = [f"dpfunc auto {form}" for form in ("eager", "compiled", "in place")]
+        columns = [*forms, *list(STEP_COLOURS)[2:]]
         cells = [best(row["seconds"], column) for column in columns]
         lines.append(
             f"| {row['model']}, B = {row['batch']} | {row['threads']} | {base * 1e3:.1f} ms | "
