@@ -474,8 +474,8 @@ NOISE = [
         "noise_is_calibrated",
         about_scale(),
         patches={
-            "dpfunc.random.normal": lambda key, shape, dtype: (
-                12**0.5 * (random.uniform(key, shape, dtype=dtype) - 0.5)
+            "dpfunc.noise.additive.add_normals": lambda totals, keys, scales: (
+                totals + scales * 12**0.5 * (random.uniform(keys[0], totals.shape) - 0.5)
             )
         },
     ),
