@@ -93,16 +93,15 @@ def step_table(result: dict[str, Any]) -> str:
         f"Whole steps over the non-private step, {machine['cpu']}, device {machine['device']}, torch "
         f"{machine['torch']}:",
         "",
-        "| model | threads | non-private | dpfunc eager | dpfunc compiled | in place | "
+        "| model | threads | non-private | dpfunc eager | dpfunc compiled | "
         + " | ".join(c for c in STEP_COLOURS if c not in ("non-private", "dpfunc"))
         + " |",
-        "|---|---:|" + "---:|" * (len(STEP_COLOURS) + 2),
+        "|---|---:|" + "---:|" * (len(STEP_COLOURS) + 1),
     ]
     for row in result["rows"]:
         base = best(row["seconds"], "non-private")
         assert base is not None
-        forms = [f"dpfunc auto {form}" for form in ("eager", "compiled", "in place")]
-        columns = [*forms, *list(STEP_COLOURS)[2:]]
+        columns = ["dpfunc auto eager", "dpfunc auto compiled", *list(STEP_COLOURS)[2:]]
         cells = [best(row["seconds"], column) for column in columns]
         lines.append(
             f"| {row['model']}, B = {row['batch']} | {row['threads']} | {base * 1e3:.1f} ms | "
