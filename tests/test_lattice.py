@@ -84,6 +84,7 @@ def exact_delta(mechanism, noise, prob, direction, epsilon):
     place=st.floats(0.02, 0.95),
 )
 @example("gaussian", 1.0, 0.001, "remove", 0.5)
+@example("gaussian", 1.25, 0.01, "remove", 0.25)
 def test_one_step_is_the_closed_form(mechanism, noise, prob, direction, place):
     pair = pair_of(mechanism, noise, prob, direction)
     if prob == 1.0 and direction == "add":
@@ -97,9 +98,12 @@ def test_one_step_is_the_closed_form(mechanism, noise, prob, direction, place):
     assert lower <= truth * (1 + 1e-12) + 1e-16
     assert truth <= upper * (1 + 1e-12) + 1e-16
     if lower > 1e-12:
-        target = lattice_epsilon([(pair, 1)], float((lower + upper) / 2))
-        assert target[0] <= max(0.0, epsilon) + 2e-6 * max(1, abs(epsilon))
-        assert target[1] >= epsilon - 2e-6 * max(1, abs(epsilon))
+        delta = float((lower + upper) / 2)  # which may lie beside the truth by half their distance
+        below, above = lattice_epsilon([(pair, 1)], delta)
+        asked = (mechanism, noise, prob, direction)
+        assert above > below - 1e-12
+        assert below <= 0.0 or exact_delta(*asked, below) >= delta * (1 - 1e-12) - 1e-16
+        assert exact_delta(*asked, above) <= delta * (1 + 1e-12) + 1e-16
 
 
 @pytest.mark.parametrize("delta", [1e-20, 1e-50, 1e-100])
