@@ -1,4 +1,4 @@
-"""The two operators: their schemas, meta rules, vmap rules and dispatch by device."""
+"""The operators: their schemas, meta rules, vmap rules and dispatch by device."""
 
 from __future__ import annotations
 
